@@ -1,6 +1,7 @@
 """The fast front behind nginx, with the configuration of deploy/nginx."""
 
 import signal
+import struct
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -22,14 +23,16 @@ from serve.pb.recommender_pb2 import GetModelInfoRequest, RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.serving.errors import QueueFull
 from serve.stores.base import EventStore
-from tests.serve.front.http2 import END_STREAM, HEADERS, RST_STREAM, RawClient
+from tests.serve.front.http2 import DATA, END_STREAM, GOAWAY, HEADERS, MAX_CONCURRENT_STREAMS, RST_STREAM, RawClient
 from tests.serve.front.proxy import MISSING, Sockets, configured, running_proxy
-from tests.serve.front.test_fast import ASKED, PATIENCE_S, Held, failed, needs_both, serving, stub_at
+from tests.serve.front.test_fast import ASKED, METHOD, PATIENCE_S, Held, failed, needs_both, serving, stub_at
 from tests.serve.one_model import one_model
 from tests.serve.process import running_server
 
 # `:status: 200` in HPACK's static table (RFC 7541, appendix A).
 STATUS_200 = b"\x88"
+# `grpc-status` as nginx writes it, in the code of appendix B; what follows is the length of the value and the value.
+GRPC_STATUS = bytes.fromhex("00889acac8b21234da8f")
 
 
 def end_of(client: RawClient, stream: int) -> bytes:
@@ -101,7 +104,7 @@ def test_a_path_that_is_no_method_does_not_reach_the_server(
         end = end_of(client, client.call(path, b"", (("grpc-encoding", b"gzip"),)))
         # Clients take no other status of HTTP for one of gRPC. UNIMPLEMENTED.
         assert end.startswith(STATUS_200)
-        assert b"\x0212" in end
+        assert GRPC_STATUS + b"\x0212" in end
         assert stub.GetModelInfo(GetModelInfoRequest(), timeout=PATIENCE_S).model_version
         assert metrics.registry.get_sample_value("jaxrec_front_restarts_total") == 0
     for code in ("UNIMPLEMENTED", "CANCELLED"):
@@ -145,6 +148,72 @@ def test_a_call_that_takes_longer_than_nginx_waits_is_deadline_exceeded(
         error = failed(lambda: stub.Recommend(ASKED, timeout=PATIENCE_S))
         assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, "the call took too long")
         held.goes_on.set()
+
+
+@needs_both
+@pytest.mark.parametrize("method", [METHOD, "/jaxrec.v1.Recommender/RecordEvents", "/grpc.health.v1.Health/Check"])
+def test_a_call_whose_message_stops_coming_is_ended(
+    method: str, model: Recommender, store: EventStore, tmp_path: Path
+) -> None:
+    sockets = Sockets.of(tmp_path)
+    with (
+        serving(model, store, tmp_path) as server,
+        running_proxy(sockets, settings={"client_body_timeout": "1s"}),
+        RawClient(sockets.proxy) as stranger,
+        stub_at(sockets.proxy) as stub,
+    ):
+        stream = stranger.call(method, b"x", announced=1_000)
+        assert any((kind, about) == (RST_STREAM, stream) for kind, _, about, _ in stranger.frames())
+        assert stub.Recommend(ASKED, timeout=PATIENCE_S) is not None
+        assert server.finish_calls(PATIENCE_S)
+
+
+@needs_both
+@pytest.mark.parametrize("method", [METHOD, "/jaxrec.v1.Recommender/GetModelInfo"])
+def test_a_client_that_does_not_read_is_ended_and_keeps_nothing_of_the_server(
+    method: str, model: Recommender, store: EventStore, tmp_path: Path
+) -> None:
+    sockets = Sockets.of(tmp_path)
+    with (
+        serving(model, store, tmp_path) as server,
+        running_proxy(sockets, settings={"send_timeout": "1s"}),
+        RawClient(sockets.proxy, window=0) as stranger,
+        stub_at(sockets.proxy) as stub,
+    ):
+        request = ASKED.SerializeToString() if method == METHOD else b""
+        streams = {stranger.call(method, request) for _ in range(20)}
+        # nginx has the answers, and drops the calls and then the connection.
+        for kind, _, about, _ in stranger.frames():
+            assert kind != DATA
+            if kind == RST_STREAM:
+                streams.discard(about)
+            if not streams:
+                break
+        assert stub.Recommend(ASKED, timeout=PATIENCE_S) is not None
+        assert server.finish_calls(PATIENCE_S)
+
+
+@needs_both
+def test_a_connection_has_a_bounded_number_of_calls_and_a_bounded_age(
+    model: Recommender, store: EventStore, tmp_path: Path
+) -> None:
+    sockets = Sockets.of(tmp_path)
+    with (
+        serving(model, store, tmp_path),
+        running_proxy(sockets, settings={"keepalive_requests": "2"}),
+        RawClient(sockets.proxy) as client,
+    ):
+        calls = [client.call("/jaxrec.v1.Recommender/GetModelInfo", b"") for _ in range(2)]
+        ended, last = set(), None
+        for kind, flags, about, content in client.frames():
+            if kind == HEADERS and flags & END_STREAM:
+                ended.add(about)
+            if kind == GOAWAY:
+                # The last call that is answered, and no error.
+                last = struct.unpack(">II", content[:8])
+        assert ended == set(calls)
+        assert last == (calls[-1], 0)
+        assert client.settings[0][MAX_CONCURRENT_STREAMS] == 100
 
 
 @needs_both
