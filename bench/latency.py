@@ -245,7 +245,7 @@ def add_fast(
 ) -> None:
     """Has `add` take the fast front of our server, and nginx before it, by name, processes, port and way of asking."""
     fast, port = ours.line.split(" and fast ", 1)[1].split(" ", 1)[0], stack.enter_context(reserved_port())
-    sockets = Sockets(folder, ours.address, fast, f"127.0.0.1:{port} reuseport")
+    sockets = Sockets(folder, ours.address, fast, f"127.0.0.1:{port}", "reuseport")
     proxy = stack.enter_context(running_proxy(sockets))
     for way in ("stored user", "inline history"):
         add(f"ours, fast front, {way}", [ours.process.pid], int(fast.rpartition(":")[2]), way)

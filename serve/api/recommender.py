@@ -31,6 +31,7 @@ from serve.api.trending import answer_trending
 from serve.model.recommender import Query
 from serve.pb import recommender_pb2 as pb
 from serve.pb import recommender_pb2_grpc
+from serve.serving.batching import OnDone
 from serve.serving.loaded import LoadedModel
 
 
@@ -40,7 +41,7 @@ class Answered(NamedTuple):
     response: bytes
     """The message, serialized."""
     log: Callable[[], None]
-    """Counts and logs it, once it is known that it is sent."""
+    """Counts the answer and puts it into the log of slates; to be called once, by the front."""
 
 
 class Begun(NamedTuple):
@@ -73,13 +74,13 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         answer = self._service.recommend(loaded, query, context.time_remaining(), lambda: not context.is_active())
         return self._logged(request, answer)
 
-    def start_recommend(self, request: pb.RecommendRequest, context: Context, on_done: Callable[[], None]) -> Begun:
+    def start_recommend(self, request: pb.RecommendRequest, context: Context, on_done: OnDone) -> Begun:
         """As `Recommend`, for a request that is not `slow`, without waiting.
 
         Args:
             request: What is asked.
             context: The call.
-            on_done: Called when it can be answered, in any thread.
+            on_done: See `serve.serving.batching.OnDone`; called when the request can be answered.
 
         Returns:
             The model that is to run, and what answers then.

@@ -19,6 +19,7 @@ from serve.model.live_catalog import Item, LiveCatalog
 from serve.model.profile import GenrePreference, genre_preferences
 from serve.model.recommender import Answer, Query, Recommender, UnknownItem
 from serve.observability.metrics import Metrics
+from serve.serving.batching import OnDone
 from serve.serving.errors import Cancelled, Expired
 from serve.serving.loaded import AT_ONCE, LoadedModel, Models
 from serve.stores.base import MOST_EVENTS, Deleted, EventStore, ShownItem, Slate, UserEvent
@@ -180,7 +181,7 @@ class RecommenderService:
         query: Query,
         deadline_s: float | None,
         is_cancelled: Callable[[], bool],
-        on_done: Callable[[], None],
+        on_done: OnDone,
     ) -> Callable[[], Recommendation]:
         """As `recommend`, for a query that needs neither reasons, an old history nor what was shown, without waiting;
         raises as `LoadedModel.start`. What it returns gives the answer once the model ran and `on_done` is called;

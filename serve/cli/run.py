@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# A signal that comes just before a wait does not end it, since Python runs its handler between two waits only.
+LOOK_S = 0.5
+
 
 @click.command("run")
 @click.argument("model", required=False)
@@ -47,9 +50,9 @@ def command(file: Path | None, **options: Any) -> None:
     """Answer gRPC calls with the model directory MODEL, or the newest of the model directories in it, until SIGTERM
     or SIGINT.
 
-    Prints `serving MODEL_VERSION on HOST:PORT (provider NAME, search WAY)` when it is ready, with `--http` also
-    ` and http://HOST:PORT` after the first address, with `--fast` also ` and fast ADDRESS`. After SIGTERM or SIGINT it
-    finishes the calls under way, accepts no new ones, and exits with 0; after a failure of its own, with 1.
+    Prints `serving MODEL_VERSION on HOST:PORT (provider NAME, search WAY)` when it is ready, with `--fast` also
+    ` and fast ADDRESS` after the first address, with `--http` then also ` and http://HOST:PORT`. After SIGTERM or
+    SIGINT it finishes the calls under way, accepts no new ones, and exits with 0; after a failure of its own, with 1.
     """
     try:
         settings = read_settings(options, os.environ, file)
@@ -129,11 +132,18 @@ def _serve(
     reranker = _reranker(settings, metrics)
     with open_store(settings.store) as events:
         loader = ModelLoader(
-            *(events, metrics, settings.provider, settings.threads, settings.search, exploration, reranker)
+            events,
+            metrics,
+            settings.provider,
+            settings.threads,
+            settings.search,
+            exploration,
+            reranker,
         )
         with (
             open_models(
-                *(settings.model, loader),
+                settings.model,
+                loader,
                 watch_s=settings.watch,
                 trend_refresh_s=settings.trend_refresh_s,
                 keep_previous=not settings.forget_previous,
@@ -160,7 +170,8 @@ def _serve(
                 server.start()
                 say = click.echo if supervised is None else supervised.serves
                 say(_said(models.version("").model, where, settings.processes))
-                stopped.wait()
+                while not stopped.wait(LOOK_S):
+                    pass
             if not server.finish_calls(settings.drain):
                 logger.warning("calls were still under way after %g s, and are cut off", settings.drain)
 
@@ -184,7 +195,9 @@ def _opened(
 
     http = _http(settings, listener, metrics, fail)
     server = create_server(
-        *(models, events, listener),
+        models,
+        events,
+        listener,
         metrics=metrics,
         event_types=event_types,
         slate_log=settings.slate_log,

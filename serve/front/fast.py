@@ -11,7 +11,6 @@ before it: docs/security.md.
 import logging
 import mmap
 import os
-import resource
 import socket
 import threading
 import time
@@ -30,7 +29,7 @@ from serve.api.recommender import Answered, Begun, RecommenderServicer
 from serve.api.rules import MAX_MESSAGE_BYTES
 from serve.front.calls import REQUEST_ID_KEY, Calls, decoded
 from serve.front.gate import Gate
-from serve.front.limits import LONG_MESSAGE_BYTES, MAX_CALLS_OF_A_CONNECTION
+from serve.front.limits import LONG_MESSAGE_BYTES, MAX_CALLS_OF_A_CONNECTION, METADATA_BYTES
 from serve.front.pool import Pool, interrupted
 from serve.observability.logs import REQUEST_ID
 from serve.pb import recommender_pb2 as pb
@@ -47,8 +46,7 @@ PUSHBACK_HEADER = f"x-{PUSHBACK_KEY}"
 # For what arrives while the model does not run; a run is made by the thread that takes the calls.
 IO_THREADS = 1
 # A run that is expected to take longer is made in another thread: all other calls would wait for it.
-LONGEST_HERE_S = 0.02
-METADATA_BYTES = 16 * 2**10
+LONGEST_OWN_RUN_S = 0.02
 # The native part reserves the announced length of a message before it comes, which the process must survive.
 LONGEST_ANNOUNCED = 2**32
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
@@ -58,7 +56,15 @@ class FastCall:
     """One call under way: what `serve.api.context` and `serve.front.calls` want to know of it."""
 
     __slots__ = (
-        *("arrived", "begun", "cancelled", "deadline", "end_span", "is_let_in", "metadata", "method", "number"),
+        "arrived",
+        "begun",
+        "cancelled",
+        "deadline",
+        "end_span",
+        "is_let_in",
+        "metadata",
+        "method",
+        "number",
         "request_id",
     )
 
@@ -102,7 +108,7 @@ class FastFront:
             address: HOST:PORT on loopback, with port 0 for a free one; or unix:PATH.
             method: The full name of Recommend.
             servicer: What answers.
-            calls: Checks tokens, gives ids, counts and logs.
+            calls: Checks tokens, gives calls their request ids, counts and logs.
             gate: Lets calls in.
             slow: Threads for calls that take long.
             shared_port: Whether other servers that have this setting may listen there too.
@@ -143,8 +149,6 @@ class FastFront:
         self._under_way: dict[int, FastCall] = {}
         # Held while calls are begun: a run of the model can end before the call knows what answers it.
         self._beginning = threading.Lock()
-        # What is left to do of calls that are answered.
-        self._answered: list[tuple[FastCall, Answered]] = []
         self._thread = threading.Thread(target=self._serve, name="fast-front", daemon=True)
 
     def start(self) -> None:
@@ -165,8 +169,8 @@ class FastFront:
                 for kind, number, _, message, _, details in events:
                     if kind == self._call and message is not None and details is not None:
                         self._take(number, message, *details)
-                    elif kind == self._cancel and number in self._under_way:
-                        self._under_way[number].cancelled = True
+                    elif kind == self._cancel and (call := self._under_way.get(number)) is not None:
+                        call.cancelled = True
                 self._answer_waiting()
         except BaseException:
             logger.critical("the fast front failed, it answers no call any more", exc_info=True)
@@ -176,12 +180,16 @@ class FastFront:
         """A call that arrived, which waits if there is room."""
         call = FastCall(self._method, number, metadata, remaining_s)
         self._under_way[number] = call
-        call.request_id = self._calls.request_id(metadata)
-        call.end_span = self._calls.begin_span(call)
-        if len(self._waiting) < QUEUE_CAPACITY:
-            self._waiting.append((call, message))
+        try:
+            call.request_id = self._calls.request_id(metadata)
+            REQUEST_ID.set(call.request_id)
+            call.end_span = self._calls.begin_span(call)
+            if len(self._waiting) >= QUEUE_CAPACITY:
+                raise QueueFull(QUEUE_CAPACITY, RETRY_AFTER_S)
+        except BaseException as error:
+            self._fail(call, error if isinstance(error, Exception) else interrupted(error))
         else:
-            self._fail(call, QueueFull(QUEUE_CAPACITY, RETRY_AFTER_S))
+            self._waiting.append((call, message))
 
     def _answer_waiting(self) -> None:
         """Has the model run for those that wait longest, and answers those that need no other thread."""
@@ -195,11 +203,10 @@ class FastFront:
                     self._fail(call, error if isinstance(error, Exception) else interrupted(error))
                 if call.begun is not None:
                     loaded[call.begun.loaded] = None
+        # A run is for several calls.
+        REQUEST_ID.set("")
         for one in loaded:
-            one.run(LONGEST_HERE_S)
-        answered, self._answered = self._answered, []
-        for call, answer in answered:
-            self._close(call, answer)
+            one.run(LONGEST_OWN_RUN_S)
 
     def _begin(self, call: FastCall, message: bytes) -> None:
         """Raises what the call fails with."""
@@ -223,24 +230,20 @@ class FastFront:
         self._slow.check()
         self._slow.start(partial(self._answer_slowly, call, message), partial(self._slowly_answered, call))
 
-    def _ranked(self, call: FastCall) -> None:
-        """The run of the model for a call is over; in any thread."""
-        is_other = threading.current_thread() is not self._thread
-        if is_other:
-            with self._beginning:
-                pass
-            REQUEST_ID.set(call.request_id)
+    def _ranked(self, call: FastCall) -> Callable[[], None] | None:
+        """The run of the model for a call is over; in any thread. Returns what is to be done once the others of the
+        run have their answers too."""
+        with self._beginning:
+            pass
+        REQUEST_ID.set(call.request_id)
         assert call.begun is not None
         try:
             answered = call.begun.answer()
             self._respond(call, answered.response)
         except Exception as error:
             self._fail(call, error)
-            return
-        if is_other:
-            self._close(call, answered)
-        else:
-            self._answered.append((call, answered))
+            return None
+        return partial(self._close, call, answered)
 
     def _answer_slowly(self, call: FastCall, message: bytes) -> bytes:
         if call.time_remaining() == 0:
@@ -268,6 +271,7 @@ class FastFront:
 
     def _close(self, call: FastCall, answered: Answered) -> None:
         """Counts and logs a call that was answered."""
+        REQUEST_ID.set(call.request_id)
         try:
             answered.log()
         except Exception as error:
@@ -276,6 +280,7 @@ class FastFront:
 
     def _fail(self, call: FastCall, error: Exception) -> None:
         """Ends a call with the status of what it failed with."""
+        REQUEST_ID.set(call.request_id)
         if isinstance(error, QueueFull):
             self._calls.turned_away(call)
         status = status_of(error)
@@ -294,9 +299,14 @@ class FastFront:
         self._under_way.pop(call.number, None)
         if call.is_let_in:
             self._gate.leave()
-        self._calls.note(call, code.name)
-        if call.end_span is not None:
-            call.end_span(code)
+        REQUEST_ID.set(call.request_id)
+        try:
+            self._calls.note(call, code.name)
+            if call.end_span is not None:
+                call.end_span(code)
+        except Exception as error:
+            logger.error("a call was not counted, logged or traced", exc_info=error)
+        REQUEST_ID.set("")
 
 
 def check_fast_address(address: str, *, shared_port: bool) -> None:
@@ -325,14 +335,18 @@ def check_fast_address(address: str, *, shared_port: bool) -> None:
         raise SecurityError(
             f"the fast front: expected a machine that lets a process reserve {LONGEST_ANNOUNCED / 2**30:g} GiB that it"
             " does not use, or one call would end the server: vm.overcommit_memory 0 or 1, more memory with swap than"
-            " that, and no limit of address space (ulimit -v)"
+            " that, no limit of address space (ulimit -v, LimitAS), and none of data (ulimit -d, LimitDATA)"
         )
 
 
 def _survives_announced_messages() -> bool:
     """Whether the length that a message announces can be reserved, for any number of messages."""
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        return False
+    # It is missing on Windows, where pygrpc-native is not there either.
+    import resource
+
+    for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        if resource.getrlimit(limit)[0] != resource.RLIM_INFINITY:
+            return False
     with suppress(OSError):
         if OVERCOMMIT.read_text().strip() == "2":
             return False

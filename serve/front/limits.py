@@ -15,6 +15,8 @@ MAX_SLOW_CALLS = 64
 MAX_ADMIN_CALLS = 8
 MAX_WATCHES = 1_000
 MAX_REFLECTIONS = 16
+# Headers of a call; gRPC by itself refuses calls at random from half of it on.
+METADATA_BYTES = 16 * 2**10
 # Further calls wait at the client, where they cost the server nothing. HTTP/2 recommends no less.
 MAX_CALLS_OF_A_CONNECTION = 100
 # Further ones are closed at once. A connection costs some 20 KB.
@@ -28,6 +30,8 @@ MOST_AT_THE_DOOR = 10_000
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES),
     ("grpc.max_concurrent_streams", MAX_CALLS_OF_A_CONNECTION),
     ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
     ("grpc.max_connection_idle_ms", 300_000),

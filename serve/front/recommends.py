@@ -19,7 +19,7 @@ COMPANY = 0.5
 # but no longer than this.
 LONGEST_WAIT_S = 0.002
 # A run that is expected to take longer is not made in the loop, in which all calls would wait for it.
-LONGEST_HERE_S = 0.002
+LONGEST_RUN_IN_LOOP_S = 0.002
 # Lately is: at so many runs of the model, and now.
 RUNS = 4
 
@@ -79,7 +79,7 @@ class Recommends:
         self._lately.append(self._under_way)
         # For one call the way to another thread and back takes about as long as a run. For more, the loop can look at
         # further calls meanwhile.
-        here_s = LONGEST_HERE_S if self._under_way == 1 else 0.0
+        here_s = LONGEST_RUN_IN_LOOP_S if self._under_way == 1 else 0.0
         for loaded in dict.fromkeys(waiting):
             loaded.run(here_s)
 

@@ -8,7 +8,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.reflection import aio
 
-from serve.addresses import AddressError, check_exposure, host_and_port
+from serve.addresses import AddressError, SecurityError, check_exposure, host_and_port
 from serve.api.admin import ModelAdminServicer
 from serve.api.event_types import BUILT_IN, EventTypes
 from serve.api.health import HealthServicer
@@ -159,9 +159,14 @@ def create_server(
 
     Raises:
         AddressError: The address cannot be used.
-        SecurityError: Other machines reach it without TLS or authentication.
+        SecurityError: Other machines reach it without TLS or authentication, or the fast front would let in everybody
+            on this machine while the address asks for certificates.
     """
     listener = Listener(listener) if isinstance(listener, str) else listener
+    if fast is not None and listener.tokens is None and listener.tls is not None and listener.tls.client_ca is not None:
+        raise SecurityError(
+            "the fast front: expected tokens beside tls_client_ca, since it has no TLS and asks for no certificate"
+        )
     for address in also_listen:
         if not address.startswith("unix:"):
             raise AddressError(f"expected unix:PATH, came {address}")
@@ -221,7 +226,14 @@ def create_server(
         from serve.front.fast import FastFront
 
         fast_front = FastFront(
-            *(fast, RECOMMEND, recommender, calls, gate, slow), shared_port=listener.shared_port, on_failure=on_failure
+            fast,
+            RECOMMEND,
+            recommender,
+            calls,
+            gate,
+            slow,
+            shared_port=listener.shared_port,
+            on_failure=on_failure,
         )
     try:
         kept = shared.wait_for(bind())

@@ -26,6 +26,8 @@ from serve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+# A signal that comes just before a wait does not end it, since Python runs its handler between two waits only.
+LOOK_S = 0.5
 # Between the end of a process and the start of the next one; it doubles while they end soon, and begins anew after one
 # that answered for STEADY_S.
 FIRST_PAUSE_S = 0.2
@@ -179,7 +181,7 @@ class Supervisor:
                 self._start()
             self._due = [due for due in self._due if due > now]
             with suppress(Empty):
-                return self._events.get(timeout=min(self._due) - now if self._due else None)
+                return self._events.get(timeout=min([LOOK_S, *(due - now for due in self._due)]))
 
     def _handle(self, process: Process | None, kind: str, value: Any) -> bool:
         """What follows from what a process said, or a signal; whether the server goes on."""

@@ -3,7 +3,7 @@
 There is no waiting time. A request that finds the model free starts a run at once. Requests that come meanwhile wait in
 a bounded queue; when the run ends, the next one is for all that wait. So batches grow with the load, and at low load
 there are none. A thread that waits for its answer runs the model itself if nobody does. An event loop
-does if nobody else waits for it and the run is known to be short; else a thread of `RUNNERS` does.
+does if nobody else waits for it and the last run of its size was short; else a thread of `RUNNERS` does.
 
     batcher = Batcher(states.recommend)        # or the `recommend` of a `Recommender`
     answer = batcher.recommend(query, deadline_s=0.2, is_cancelled=lambda: not context.is_active())
@@ -32,6 +32,9 @@ RUNNERS = ThreadPoolExecutor(4, "model-run")
 """Each runs the model for one batcher at a time."""
 
 IsCancelled = Callable[[], bool]
+OnDone = Callable[[], Callable[[], object] | None]
+"""Called when a request is done, in any thread. What it returns is called once all requests of the run were told: what
+need not be done before the others have their answers."""
 
 
 class Run(NamedTuple):
@@ -48,9 +51,7 @@ class Pending:
 
     __slots__ = ("answer", "deadline", "done", "error", "is_cancelled", "on_done", "query", "since")
 
-    def __init__(
-        self, query: Query, deadline: float | None, is_cancelled: IsCancelled | None, on_done: Callable[[], None]
-    ) -> None:
+    def __init__(self, query: Query, deadline: float | None, is_cancelled: IsCancelled | None, on_done: OnDone) -> None:
         self.query = query
         self.deadline = deadline
         self.is_cancelled = is_cancelled
@@ -116,6 +117,8 @@ class Batcher:
         self._running = False
         self._lock = threading.Lock()
         self._seconds_per_request = RETRY_AFTER_S / capacity
+        # How long the last run of each size took.
+        self._seconds: dict[int, float] = {}
 
     def recommend(
         self, query: Query, deadline_s: float | None = None, is_cancelled: IsCancelled | None = None
@@ -144,9 +147,7 @@ class Batcher:
         last.acquire()
         return pending
 
-    def put(
-        self, query: Query, deadline_s: float | None, is_cancelled: IsCancelled | None, on_done: Callable[[], None]
-    ) -> Pending:
+    def put(self, query: Query, deadline_s: float | None, is_cancelled: IsCancelled | None, on_done: OnDone) -> Pending:
         """As `complete`, for one query and without waiting: it is answered by the next run, which calls `on_done`."""
         (pending,) = self._pending([query], deadline_s, is_cancelled)
         pending.on_done = on_done
@@ -157,14 +158,16 @@ class Batcher:
         """Has the model run for those that were put into the queue, in another thread.
 
         Args:
-            here_s: In this one, if the run is expected to take no more seconds and waits for nothing else.
+            here_s: In this one, if the last run of as many, or of a few more, took no more seconds, and if this one
+                waits for nothing else. As long as no such run is known, another thread makes it.
         """
         with self._lock:
             if self._running or not self._queue:
                 return
             self._running = True
             batch = list(islice(self._queue, self._largest_batch))
-        is_short, is_done = self._seconds_per_request * len(batch) <= here_s, False
+            known = [size for size in self._seconds if size >= len(batch)]
+            is_short, is_done = bool(known) and self._seconds[min(known)] <= here_s, False
         try:
             is_done = is_short and self._run_at_once(batch)
         finally:
@@ -190,8 +193,7 @@ class Batcher:
         for pending, answer in zip(batch, answers, strict=True):
             pending.finish(answer)
             pending.is_dropped()
-        for pending in batch:
-            pending.on_done()
+        _tell(batch)
         self._note(batch, start, seconds)
         with self._lock:
             self._running = bool(self._queue)
@@ -199,6 +201,7 @@ class Batcher:
 
     def _note(self, batch: Sequence[Pending], start: float, seconds: float) -> None:
         """A run that began at `start` took so long."""
+        self._seconds[len(batch)] = seconds
         self._seconds_per_request += 0.1 * (seconds / len(batch) - self._seconds_per_request)
         if self._on_run is not None:
             self._on_run(Run(len(batch), tuple(start - pending.since for pending in batch), seconds))
@@ -256,7 +259,7 @@ class Batcher:
                 # Should the thread be interrupted, the others must not wait without end.
                 if not pending.done:
                     pending.finish(None, RuntimeError("the run of the model was interrupted"))
-                pending.on_done()
+            _tell(taken)
 
     def _answer_all(self, batch: Sequence[Pending]) -> None:
         """Finishes each request. When a run fails each runs alone, so that only the bad one fails."""
@@ -272,6 +275,14 @@ class Batcher:
             return
         for pending, answer in zip(batch, answers, strict=True):
             pending.finish(answer)
+
+
+def _tell(batch: Sequence[Pending]) -> None:
+    """Requests are done."""
+    left = [pending.on_done() for pending in batch]
+    for work in left:
+        if work is not None:
+            work()
 
 
 def _nothing() -> None:

@@ -15,7 +15,7 @@ from serve.model.popular import FALLBACKS
 from serve.model.recommender import Answer, Query, Recommender
 from serve.model.rules import NO_RULES, candidate_count, reordered
 from serve.observability.metrics import Metrics
-from serve.serving.batching import Batcher, IsCancelled, Pending, Run
+from serve.serving.batching import Batcher, IsCancelled, OnDone, Pending, Run
 from serve.serving.errors import Cancelled, Expired, QueueFull
 from serve.serving.reranker import Reranker
 from serve.serving.ruled import (
@@ -139,7 +139,7 @@ class LoadedModel:
         query: Query,
         deadline_s: float | None,
         is_cancelled: IsCancelled | None,
-        on_done: Callable[[], None],
+        on_done: OnDone,
     ) -> Pending:
         """Puts a query into the queue that needs neither reasons nor an old history; it is to be `run` and `finished`.
 
@@ -147,7 +147,7 @@ class LoadedModel:
             query: What is asked.
             deadline_s: For how many seconds from now on the answer is of use; None: without end.
             is_cancelled: Whether it is of no use any more.
-            on_done: Called when it is done, in any thread.
+            on_done: See `OnDone`.
 
         Raises:
             QueueFull: Too many wait.

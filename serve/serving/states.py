@@ -126,12 +126,14 @@ class StateCache:
             revisions = self._store.revisions_at_once(list(users))
             if revisions is None or any(user.revision != revisions[user_id] for user_id, user in users.items()):
                 return None
-            stored: list[_Stored] = []
-            for at, query in enumerate(queries):
+            asked: list[tuple[Query, UserState]] = []
+            for query in queries:
                 user = None if query.user_id is None else users.get(query.user_id)
                 if user is None or not user.known_count or _asks_for_events(query, user):
                     return None
-                stored.append(_Stored(at, query, user, self._model.masks(query, trend)))
+                asked.append((query, user))
+            # A mask takes time, so it is made once it is known that it is needed.
+            stored = [_Stored(at, *one, self._model.masks(one[0], trend)) for at, one in enumerate(asked)]
             for user_id in users:
                 self._users.move_to_end(user_id)
             stepped = self._stepped(stored, trend)

@@ -6,9 +6,9 @@ import struct
 from collections.abc import Iterator
 from typing import Self
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 3, 4, 6, 8
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
-INITIAL_WINDOW_SIZE, INITIAL_WINDOW, LARGEST_FRAME = 4, 65_535, 16_384
+MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, INITIAL_WINDOW, LARGEST_FRAME = 3, 4, 65_535, 16_384
 
 
 class RawClient:
@@ -17,9 +17,14 @@ class RawClient:
     def __init__(
         self, address: str, window: int = INITIAL_WINDOW, timeout_s: float = 30.0, tls: ssl.SSLContext | None = None
     ) -> None:
-        """`window`: so many bytes of each answer the server may send."""
+        """`address`: HOST:PORT or unix:PATH. `window`: so many bytes of each answer the server may send."""
         host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), timeout_s)
+        if host == "unix":
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(timeout_s)
+            self._socket.connect(port)
+        else:
+            self._socket = socket.create_connection((host, int(port)), timeout_s)
         if tls is not None:
             tls.set_alpn_protocols(["h2"])
             self._socket = tls.wrap_socket(self._socket, server_hostname=host)
@@ -42,6 +47,7 @@ class RawClient:
         message: bytes | None = None,
         metadata: tuple[tuple[str, bytes], ...] = (),
         announced: int | None = None,
+        authority: bytes = b"test",
     ) -> int:
         """Begins a call and returns its stream; with `announced` bytes the message is only begun."""
         stream, self._next_stream = self._next_stream, self._next_stream + 2
@@ -49,7 +55,7 @@ class RawClient:
             (":method", b"POST"),
             (":scheme", b"http"),
             (":path", method.encode() if isinstance(method, str) else method),
-            (":authority", b"test"),
+            (":authority", authority),
             ("content-type", b"application/grpc"),
             ("te", b"trailers"),
             *metadata,
@@ -120,5 +126,10 @@ class RawClient:
 
 
 def _literal(text: bytes) -> bytes:
-    assert len(text) < 127
-    return bytes([len(text)]) + text
+    """As RFC 7541, 5.1 and 5.2: the length in seven bits and then in groups of them."""
+    if len(text) < 127:
+        return bytes([len(text)]) + text
+    length, rest = b"\x7f", len(text) - 127
+    while rest >= 128:
+        length, rest = length + bytes([rest % 128 + 128]), rest // 128
+    return length + bytes([rest]) + text

@@ -2,11 +2,12 @@
 
 import importlib.util
 import os
+import re
 import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Sockets:
     default: str
     fast: str
     proxy: str
+    listen_options: str = ""
+    """Of nginx's `listen`, beside those for TLS and HTTP/2."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -60,10 +63,15 @@ class Proxy:
         os.kill(self.pid, number)
 
 
-def configured(sockets: Sockets, certificate: tuple[Path, Path] | None) -> str:
-    """The configuration for these sockets, with TLS if there is a certificate."""
+def configured(
+    sockets: Sockets, certificate: tuple[Path, Path] | None, settings: Mapping[str, str] | None = None
+) -> str:
+    """The configuration for these sockets, with TLS if there is a certificate, and with other values of settings."""
     text = CONFIGURATION.read_text("utf-8")
-    folder, listen = sockets.folder, f"listen {sockets.proxy} {'ssl ' if certificate else ''}http2;"
+    folder, listen = (
+        sockets.folder,
+        f"listen {sockets.proxy} {sockets.listen_options} {'ssl ' if certificate else ''}http2;",
+    )
     changes = {
         "user www-data;": "user root;" if os.geteuid() == 0 else "",
         "worker_processes auto;": "worker_processes 1;",
@@ -79,16 +87,21 @@ def configured(sockets: Sockets, certificate: tuple[Path, Path] | None) -> str:
     for old, new in changes.items():
         assert old in text, old
         text = text.replace(old, new)
+    for name, value in (settings or {}).items():
+        text, count = re.subn(rf"\b{name} [^;]*;", f"{name} {value};", text)
+        assert count, name
     paths = [f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")]
     return text.replace("http {", "\n    ".join(["http {", *paths]), 1)
 
 
 @contextmanager
-def running_proxy(sockets: Sockets, certificate: tuple[Path, Path] | None = None) -> Iterator[Proxy]:
-    """Runs nginx, which listens on entry."""
+def running_proxy(
+    sockets: Sockets, certificate: tuple[Path, Path] | None = None, settings: Mapping[str, str] | None = None
+) -> Iterator[Proxy]:
+    """Runs nginx, which listens on entry; `settings` as those of `configured`."""
     folder = sockets.folder
     file = folder / "nginx.conf"
-    file.write_text(configured(sockets, certificate))
+    file.write_text(configured(sockets, certificate, settings))
     # It returns once the sockets are open.
     subprocess.run(["nginx", "-c", file, "-p", folder, "-e", folder / "error.log"], check=True, timeout=PATIENCE_S)
     number = int((folder / "nginx.pid").read_text())

@@ -1,11 +1,12 @@
 """The fast front alone and behind nginx: what it answers, whom it turns away, and how it ends."""
 
-import signal
-import subprocess
+import logging
+import resource
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import trustme
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -24,20 +25,20 @@ from serve.api.recommender import RecommenderServicer
 from serve.client import Event, UserEvent, recommend_request
 from serve.front import fast
 from serve.front.auth import Tokens
-from serve.front.fast import check_fast_address
+from serve.front.fast import FastCall, check_fast_address
 from serve.front.lifecycle import RecommenderServer
 from serve.front.server import Listener, create_server
+from serve.front.tls import Tls
 from serve.model.recommender import Recommender
+from serve.observability.logs import REQUEST_ID
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracer
 from serve.pb.recommender_pb2 import GetModelInfoRequest, History, ItemFilter, RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from serve.serving.batching import QUEUE_CAPACITY
-from serve.serving.errors import QueueFull
 from serve.stores.base import EventStore
-from tests.serve.front.proxy import MISSING, Sockets, configured, running_proxy
+from tests.serve.front.proxy import MISSING, Sockets
 from tests.serve.one_model import one_model
-from tests.serve.process import running_server
 from tests.serve.stores.slates import slates_of
 
 PATIENCE_S = 30.0
@@ -119,6 +120,34 @@ def test_a_machine_that_one_announced_message_would_end_is_refused(
     monkeypatch.setattr(fast, "LONGEST_ANNOUNCED", 2**60)
     with pytest.raises(SecurityError, match="reserve"):
         check_fast_address("127.0.0.1:0", shared_port=False)
+
+
+@pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA], ids=["address space", "data"])
+def test_a_process_that_some_announced_messages_would_end_is_refused(limit: int) -> None:
+    before, enough_for_one = resource.getrlimit(limit), 2**50
+    resource.setrlimit(limit, (enough_for_one, before[1]))
+    try:
+        with pytest.raises(SecurityError, match="ulimit"):
+            check_fast_address("127.0.0.1:0", shared_port=False)
+    finally:
+        resource.setrlimit(limit, before)
+
+
+@needs_native
+def test_a_server_that_knows_its_callers_by_certificates_alone_is_refused(
+    model: Recommender, store: EventStore, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    issued, pem = authority.issue_cert("localhost"), tmp_path / "ca.pem"
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    authority.cert_pem.write_to_path(pem)
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    listener = Listener("127.0.0.1:0", tls=Tls(certificate, key, pem))
+    with pytest.raises(SecurityError, match="expected tokens beside tls_client_ca"):
+        create_server(one_model(model, store), store, listener, fast=Sockets.of(tmp_path).fast)
+    with_tokens = replace(listener, tokens=Tokens({"reader-token-0123": ["read"]}))
+    create_server(one_model(model, store), store, with_tokens, fast=Sockets.of(tmp_path).fast).drain()
 
 
 @needs_native
@@ -273,20 +302,25 @@ def test_more_calls_than_may_wait_are_turned_away_with_a_hint(
 def test_calls_that_expired_or_were_cancelled_while_they_waited_cost_no_run(
     model: Recommender, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, metrics = Held(monkeypatch), Metrics()
+    held, metrics, time_remaining = Held(monkeypatch), Metrics(), FastCall.time_remaining
+
+    def remaining(call: FastCall) -> float | None:
+        return 0.0 if "x-late" in dict(call.metadata) else time_remaining(call)
+
+    monkeypatch.setattr(FastCall, "time_remaining", remaining)
     with serving(model, store, tmp_path, metrics=metrics) as server, stub_at(Sockets.of(tmp_path).fast) as stub:
         first = stub.Recommend.future(ASKED, timeout=PATIENCE_S)
         assert held.is_held.wait(PATIENCE_S)
-        late = stub.Recommend.future(ASKED, timeout=0.01)
+        late = stub.Recommend.future(ASKED, timeout=PATIENCE_S, metadata=[("x-late", "")])
         gone = stub.Recommend.future(ASKED, timeout=PATIENCE_S)
         # Both are there, since a later call was looked at.
         failed(lambda: stub.GetModelInfo(GetModelInfoRequest(), timeout=PATIENCE_S))
         gone.cancel()
-        assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         # So is the end of the second one.
         failed(lambda: stub.GetModelInfo(GetModelInfoRequest(), timeout=PATIENCE_S))
         held.goes_on.set()
         assert first.code() is grpc.StatusCode.OK
+        assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert len(stub.Recommend(ASKED, timeout=PATIENCE_S).recommendations) == 3
         assert held.count == 2
         assert server.finish_calls(PATIENCE_S)
@@ -311,6 +345,74 @@ def test_a_call_that_would_end_the_thread_is_internal_and_the_front_lives_on(
 
 
 @needs_native
+def test_a_call_that_cannot_be_traced_fails_alone(model: Recommender, store: EventStore, tmp_path: Path) -> None:
+    class Broken(SpanProcessor):
+        """Raises where the next call says."""
+
+        at = ""
+
+        def on_start(self, span: object, parent_context: object = None) -> None:
+            if self.at == "start":
+                raise RuntimeError("no spans today")
+
+        def on_end(self, span: object) -> None:
+            if self.at == "end":
+                raise RuntimeError("no spans today")
+
+    broken, provider, metrics = Broken(), TracerProvider(), Metrics()
+    provider.add_span_processor(broken)
+    with (
+        serving(model, store, tmp_path, metrics=metrics, tracer=Tracer(provider)),
+        stub_at(Sockets.of(tmp_path).fast) as stub,
+    ):
+        broken.at = "start"
+        assert failed(lambda: stub.Recommend(ASKED, timeout=PATIENCE_S)).code() is grpc.StatusCode.INTERNAL
+        broken.at = "end"
+        assert len(stub.Recommend(ASKED, timeout=PATIENCE_S).recommendations) == 3
+        broken.at = ""
+        assert len(stub.Recommend(ASKED, timeout=PATIENCE_S).recommendations) == 3
+    assert metrics.registry.get_sample_value("jaxrec_rpcs_under_way") == 0
+
+
+@needs_native
+@pytest.mark.parametrize("here_s", [PATIENCE_S, -1.0], ids=["in its thread", "in another thread"])
+def test_lines_of_the_log_have_the_request_ids_of_their_calls(
+    here_s: float, model: Recommender, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lines(logging.Handler):
+        """The request id of each line about a call."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith(METHOD):
+                found.append((REQUEST_ID.get(), record.getMessage().removeprefix(f"{METHOD} ")))
+
+    found: list[tuple[str, str]] = []
+    handler, logger = Lines(), logging.getLogger("serve.front.calls")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr(fast, "LONGEST_OWN_RUN_S", here_s)
+    held, sockets = Held(monkeypatch), Sockets.of(tmp_path)
+    logger.addHandler(handler)
+    try:
+        with serving(model, store, tmp_path, log_calls=True) as server, stub_at(sockets.fast) as stub:
+            # Bad ones end while others of their batch are under way.
+            requests = {"first": ASKED, "bad": RecommendRequest()} | dict.fromkeys(("a", "b", "c"), ASKED)
+            calls = []
+            for name, request in requests.items():
+                metadata = [("x-request-id", name)]
+                calls.append(stub.Recommend.future(request, timeout=PATIENCE_S, metadata=metadata))
+                assert held.is_held.wait(PATIENCE_S)
+            # They are there, since a later call was looked at.
+            failed(lambda: stub.GetModelInfo(GetModelInfoRequest(), timeout=PATIENCE_S))
+            held.goes_on.set()
+            codes = [call.code().name for call in calls]
+            assert server.finish_calls(PATIENCE_S)
+    finally:
+        logger.removeHandler(handler)
+    assert sorted(found) == sorted(zip(requests, codes, strict=True))
+    assert codes == ["OK", "INVALID_ARGUMENT", "OK", "OK", "OK"]
+
+
+@needs_native
 def test_calls_under_way_finish_and_new_ones_are_turned_away(
     model: Recommender, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,177 +434,3 @@ def test_calls_under_way_finish_and_new_ones_are_turned_away(
         assert under_way.code() is grpc.StatusCode.OK
         assert finished.result(PATIENCE_S)
         assert failed(lambda: stub.Recommend(ASKED, timeout=PATIENCE_S)).code() is grpc.StatusCode.UNAVAILABLE
-
-
-@needs_both
-def test_nginx_gives_recommend_to_the_fast_front_and_all_else_to_the_default_one(
-    model: Recommender, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: list[str] = []
-    start = RecommenderServicer.start_recommend
-
-    def started(servicer: RecommenderServicer, *arguments: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return start(servicer, *arguments)
-
-    monkeypatch.setattr(RecommenderServicer, "start_recommend", started)
-    sockets, metrics = Sockets.of(tmp_path), Metrics()
-    with (
-        serving(model, store, tmp_path, metrics=metrics),
-        running_proxy(sockets),
-        stub_at(sockets.proxy) as stub,
-        grpc.insecure_channel(sockets.proxy) as channel,
-    ):
-        stub.Recommend(ASKED, timeout=PATIENCE_S)
-        # Compressed messages are inflated within a limit there.
-        stub.Recommend(ASKED, timeout=PATIENCE_S, compression=grpc.Compression.Gzip)
-        assert threads == ["fast-front", "grpc-loop"]
-        assert stub.GetModelInfo(GetModelInfoRequest(), timeout=PATIENCE_S).model_version
-        health = health_pb2_grpc.HealthStub(channel)
-        assert next(health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)).status == 1
-        # A path that would end gRPC's asyncio server does not reach it.
-        odd = channel.unary_unary("/jaxrec.v1.Recommender/%FF%FE")
-        assert failed(lambda: odd(b"", timeout=PATIENCE_S)).code() is grpc.StatusCode.UNIMPLEMENTED
-        assert metrics.registry.get_sample_value("jaxrec_front_restarts_total") == 0
-        whole = RecommendRequest(user_id="u", k=3, exclude_item_ids=["x" * 100] * 80_000)
-        assert whole.ByteSize() < 8 * 2**20
-        assert failed(lambda: stub.Recommend(whole, timeout=PATIENCE_S)).code() is grpc.StatusCode.INVALID_ARGUMENT
-        whole.exclude_item_ids.extend(["x" * 100] * 10_000)
-        error = failed(lambda: stub.Recommend(whole, timeout=PATIENCE_S))
-        assert (error.code(), "8 MiB" in error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
-
-
-@needs_both
-def test_nginx_goes_to_the_default_front_where_the_fast_one_is_missing(
-    model: Recommender, store: EventStore, tmp_path: Path
-) -> None:
-    sockets = Sockets.of(tmp_path)
-    server = create_server(one_model(model, store), store, sockets.default)
-    server.start()
-    with running_proxy(sockets), stub_at(sockets.proxy, enable_retries=0) as stub:
-        assert len(stub.Recommend(ASKED, timeout=PATIENCE_S).recommendations) == 3
-        server.drain()
-        error = failed(lambda: stub.Recommend(ASKED, timeout=PATIENCE_S))
-        assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the server is not reached, try again")
-
-
-@needs_both
-def test_nginx_bounds_the_calls_of_a_client(
-    model: Recommender, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held, sockets, most, extra = Held(monkeypatch), Sockets.of(tmp_path), 256, 30
-    with serving(model, store, tmp_path), running_proxy(sockets), ExitStack() as stack:
-        stubs = [stack.enter_context(stub_at(sockets.proxy, enable_retries=0)) for _ in range(3)]
-        calls = [stubs[at % 3].Recommend.future(ASKED, timeout=PATIENCE_S) for at in range(most + extra)]
-        assert held.is_held.wait(PATIENCE_S)
-        refused = threading.Semaphore(0)
-        for call in calls:
-            call.add_done_callback(lambda _: refused.release())
-        for _ in range(extra):
-            assert refused.acquire(timeout=PATIENCE_S)
-        ended = [call for call in calls if call.done()]
-        assert {call.code() for call in ended} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-        assert dict(ended[0].trailing_metadata())["grpc-retry-pushback-ms"] == "100"
-        held.goes_on.set()
-        assert [call.code() for call in calls].count(grpc.StatusCode.OK) == most
-
-
-@needs_both
-def test_nginx_says_when_to_come_again(
-    model: Recommender, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise QueueFull(1, 0.2)
-
-    monkeypatch.setattr(RecommenderServicer, "start_recommend", full)
-    sockets = Sockets.of(tmp_path)
-    with (
-        serving(model, store, tmp_path),
-        running_proxy(sockets),
-        stub_at(sockets.proxy, enable_retries=0) as stub,
-        stub_at(sockets.default, enable_retries=0) as other,
-    ):
-        for one in (other, stub):
-            error = failed(lambda one=one: one.Recommend(ASKED, timeout=PATIENCE_S))
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert 100 <= int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) <= 300
-            assert "x-grpc-retry-pushback-ms" not in dict(error.trailing_metadata())
-
-
-@needs_both
-def test_nginx_speaks_tls(model: Recommender, store: EventStore, tmp_path: Path) -> None:
-    authority, sockets = trustme.CA(), Sockets.of(tmp_path)
-    issued = authority.issue_cert("recommender.example")
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-    issued.private_key_pem.write_to_path(key)
-    credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
-    name = [("grpc.ssl_target_name_override", "recommender.example")]
-    with (
-        serving(model, store, tmp_path),
-        running_proxy(sockets, (certificate, key)),
-        grpc.secure_channel(sockets.proxy, credentials, name) as channel,
-    ):
-        assert len(RecommenderStub(channel).Recommend(ASKED, timeout=PATIENCE_S).recommendations) == 3
-
-
-@needs_both
-def test_no_call_fails_while_nginx_and_the_server_are_replaced(model_directory: Path, tmp_path: Path) -> None:
-    """For clients that repeat what is UNAVAILABLE."""
-    sockets, stop, done = Sockets.of(tmp_path), threading.Event(), [0] * 4
-
-    def call(caller: int) -> None:
-        with stub_at(sockets.proxy) as stub:
-            while not stop.is_set():
-                try:
-                    stub.Recommend(RecommendRequest(user_id=str(caller)), timeout=PATIENCE_S)
-                    done[caller] += 1
-                except grpc.RpcError as error:
-                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                        raise
-
-    def wait_for_more(callers: Sequence[Any]) -> None:
-        goals, until = [so_far + 10 for so_far in done], threading.Event()
-        for _ in range(int(PATIENCE_S * 100)):
-            if all(so_far >= goal for so_far, goal in zip(done, goals, strict=True)):
-                return
-            assert not any(caller.done() for caller in callers), [caller.exception() for caller in callers]
-            until.wait(0.01)
-        raise AssertionError("the calls don't get on")
-
-    def server() -> Any:
-        options = ["--fast", sockets.fast]
-        return running_server(model_directory, tmp_path / "s", address=sockets.default, provider="cpu", options=options)
-
-    with running_proxy(sockets) as proxy, ThreadPoolExecutor(4) as threads:
-        try:
-            with server() as first:
-                assert first.line.split(" (")[0].endswith(f"{sockets.default} and fast {sockets.fast}")
-                callers = [threads.submit(call, caller) for caller in range(4)]
-                wait_for_more(callers)
-                proxy.signal(signal.SIGHUP)
-                wait_for_more(callers)
-                first.process.send_signal(signal.SIGTERM)
-                assert first.process.wait(PATIENCE_S) == 0
-            with server():
-                wait_for_more(callers)
-                stop.set()
-                for caller in callers:
-                    caller.result(PATIENCE_S)
-        finally:
-            stop.set()
-
-
-def test_debians_nginx_takes_the_configuration_as_it_is(tmp_path: Path) -> None:
-    """But for the certificates, which it reads."""
-    if "nginx" in MISSING:
-        pytest.skip("not installed: nginx")
-    certificate = trustme.CA().issue_cert("recommender.example")
-    paths = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    certificate.cert_chain_pems[0].write_to_path(paths[0])
-    certificate.private_key_pem.write_to_path(paths[1])
-    (tmp_path / "nginx.conf").write_text(configured(Sockets.of(tmp_path), paths))
-    command = ["nginx", "-t", "-c", tmp_path / "nginx.conf", "-p", tmp_path, "-e", tmp_path / "error.log"]
-    checked = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr
-    assert "[warn]" not in checked.stderr

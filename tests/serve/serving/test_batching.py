@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from serve.model.events import Event
 from serve.model.ranking.engine import like_lengths
 from serve.model.recommender import Answer, Query, Recommender
+from serve.serving import batching
 from serve.serving.batching import Batcher, Run
 from serve.serving.errors import Cancelled, Expired, QueueFull
 from serve.serving.states import StateCache
@@ -234,6 +237,8 @@ def test_a_short_run_is_made_where_it_is_asked_for(
 
     batcher = Batcher(model.recommend, on_run=runs.append, at_once=at_once)
     queries = queries_of(model, 3)
+    batcher.complete(queries)
+    runs.clear()
     pending = [batcher.put(query, None, None, finished) for query in queries]
     batcher.run(PATIENCE_S if asked else 0.0)
     for _ in queries:
@@ -250,16 +255,77 @@ def test_runs_that_took_long_are_made_in_another_thread(model: Recommender) -> N
     asked, done = list[int](), threading.Semaphore(0)
     batcher = Batcher(model.recommend, at_once=lambda queries: asked.append(len(queries)))
     (query,) = queries_of(model, 1)
+    batcher.recommend(query)
     batcher.put(query, None, None, done.release)
     batcher.run(1e-9)
     assert done.acquire(timeout=PATIENCE_S)
     assert asked == []
 
 
+def test_one_run_of_a_size_says_how_long_the_next_takes(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not runs of other sizes, and not those before."""
+    now, seconds, done, asked = [0.0], {1: 5.0, 4: 0.1}, threading.Semaphore(0), list[int]()
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def answer(queries: Sequence[Query]) -> list[Answer]:
+        now[0] += seconds[len(queries)]
+        return model.recommend(queries)
+
+    def at_once(queries: Sequence[Query]) -> list[Answer]:
+        asked.append(len(queries))
+        return answer(queries)
+
+    batcher = Batcher(answer, at_once=at_once)
+    queries = queries_of(model, 4)
+
+    def run(size: int) -> list[int]:
+        asked.clear()
+        for query in queries[:size]:
+            batcher.put(query, None, None, done.release)
+        batcher.run(1.0)
+        for _ in range(size):
+            assert done.acquire(timeout=PATIENCE_S)
+        wait_until(lambda: not batcher._running)
+        return list(asked)
+
+    # Nothing is known at first.
+    assert (run(4), run(4)) == ([], [4])
+    # At most as long as one of four, which proves wrong.
+    assert (run(1), run(1)) == ([1], [])
+    assert run(4) == [4]
+    seconds[1] = 0.1
+    assert (run(1), run(1)) == ([], [1])
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_can_wait_is_done_once_all_of_a_run_are_told(model: Recommender, here: bool) -> None:
+    order, done = list[str](), threading.Semaphore(0)
+
+    def told(name: str) -> Callable[[], None]:
+        def later() -> None:
+            order.append(f"later {name}")
+            done.release()
+
+        order.append(name)
+        return later
+
+    batcher = Batcher(model.recommend, at_once=model.recommend)
+    queries = queries_of(model, 3)
+    batcher.complete(queries)
+    for name, query in zip("abc", queries, strict=True):
+        batcher.put(query, None, None, partial(told, name))
+    batcher.run(PATIENCE_S if here else 0.0)
+    for _ in queries:
+        assert done.acquire(timeout=PATIENCE_S)
+    assert order == ["a", "b", "c", "later a", "later b", "later c"]
+
+
 def test_more_than_a_run_takes_go_on_in_another_thread(model: Recommender) -> None:
     runs, done = list[Run](), threading.Semaphore(0)
     batcher = Batcher(model.recommend, largest_batch=2, on_run=runs.append, at_once=model.recommend)
     queries = queries_of(model, 5)
+    batcher.complete(queries[:2])
+    runs.clear()
     pending = [batcher.put(query, None, None, done.release) for query in queries]
     batcher.run(PATIENCE_S)
     for _ in queries:
@@ -273,6 +339,7 @@ def test_cancelled_requests_cost_no_run_here_either(model: Recommender) -> None:
     asked, done = list[int](), threading.Semaphore(0)
     batcher = Batcher(model.recommend, at_once=lambda queries: asked.append(len(queries)))
     (query,) = queries_of(model, 1)
+    batcher.recommend(query)
     pending = batcher.put(query, None, lambda: True, done.release)
     batcher.run(PATIENCE_S)
     assert done.acquire(timeout=PATIENCE_S)

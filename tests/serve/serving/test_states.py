@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -354,6 +355,28 @@ def test_what_takes_longer_is_not_answered_at_once(model: Recommender, store: Ev
     states.recommend([ada])
     assert states.recommend_at_once([ada]) is not None
     assert states.recommend_at_once([ada, query]) is None
+
+
+def test_nothing_is_computed_before_all_are_known_to_be_in_memory(
+    model: Recommender, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(store, "ada", history(model, 5))
+    record(store, "bob", history(model, 3, first=20))
+    states, asked, masks = StateCache(model, store), list[str | None](), model.masks
+    ada, bob = Query((), 5, user_id="ada"), Query((), 5, user_id="bob")
+    states.recommend([ada])
+
+    def counted(query: Query, *arguments: Any) -> Any:
+        asked.append(query.user_id)
+        return masks(query, *arguments)
+
+    monkeypatch.setattr(model, "masks", counted)
+    assert states.recommend_at_once([ada, bob]) is None
+    assert asked == []
+    states.recommend([bob])
+    asked.clear()
+    assert states.recommend_at_once([ada, bob]) is not None
+    assert asked == ["ada", "bob"]
 
 
 def test_new_events_and_other_threads_are_not_waited_for(
