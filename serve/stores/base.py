@@ -28,9 +28,9 @@ MOST_MERGED = 10_000
 MOST_ITEM_MARKS = 10_000
 """So many of the last changes of items are remembered: a server that read the catalogue before them reads it anew."""
 
-# A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
-# is not written any more.
-DELETION_S = 7 * 86_400
+MOST_DELETIONS = 100_000
+"""So many of the last deletions of users are remembered, by digests of the users' ids: what other servers still had to
+write of these users is not written any more. By number and not by time, since clocks are set."""
 
 
 class StoreError(Exception):

@@ -9,8 +9,8 @@ Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (h
 `events:ID` and `neutral:ID` (lists in order of arrival: the events that are not neutral, and those that are),
 `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them), `shown_items:RECOMMENDATION` (hash by item),
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found), `deletions`
-(sorted set of digests of deleted users by time), `deletion_numbers` (hash of digests: the how manieth deletion it was),
-`deletion` (counter of them), `deleted` (hash of lists `deleted:NUMBER`, what is left of long
+(sorted set of the digests of deleted users by the number of the deletion), `deletion_numbers` (hash of the same),
+`deletion` (the number of the last one), `deleted` (hash of lists `deleted:NUMBER`, what is left of long
 deleted lists, and of which set it has ids), `trend` (hash of the counters by item ID), `trend_changed` (sorted set of
 those IDs by the revision of the last change), `trend_until` (events after this time are counted); while a store is
 seeded, `trend_held` (the revision up to which the events have still to be added up), `trend_seed` (list: what is still
@@ -30,7 +30,7 @@ from typing import Any
 
 from serve.model.events import Event
 from serve.stores.base import (
-    DELETION_S,
+    MOST_DELETIONS,
     MOST_EVENTS,
     MOST_MERGED,
     MOST_SLATES,
@@ -221,7 +221,7 @@ class RedisStore(RedisCounters, RedisItems):
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
-        arguments: list[Any] = [user_id, digest(user_id), DELETION_S, DELETED_AT_ONCE]
+        arguments: list[Any] = [user_id, digest(user_id), MOST_DELETIONS, DELETED_AT_ONCE]
         events, neutral, slates = self._written(lambda client: self._delete(args=arguments, client=client))
         self._deferred.look()
         # Also what an attempt that failed left.
@@ -280,7 +280,7 @@ class RedisStore(RedisCounters, RedisItems):
         return deleted
 
     def merge_users(self, source: str, target: str) -> Deleted:
-        arguments: list[Any] = [source, target, digest(source), DELETION_S, MOST_MERGED, 2 * MOST_EVENTS, MOST_SLATES]
+        arguments: list[Any] = [source, target, digest(source), MOST_DELETIONS, MOST_MERGED, 2 * MOST_EVENTS, MOST_SLATES]
         with self._deferred.merging(source, target):
             *counts, moved = self._written(lambda client: self._merge(args=arguments, client=client))
             if not moved:

@@ -319,7 +319,7 @@ def test_what_another_server_has_still_to_write_does_not_bring_a_deleted_user_ba
         assert (one.dropped_count, other.dropped_count) == (0, 0)
 
 
-@pytest.mark.parametrize("jump_s", [3_600.0, -3_600.0])
+@pytest.mark.parametrize("jump_s", [3_600.0, -3_600.0, 10 * 86_400.0])
 def test_a_clock_that_is_set_brings_no_deleted_user_back_and_drops_nobody_else(
     jump_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +329,7 @@ def test_a_clock_that_is_set_brings_no_deleted_user_back_and_drops_nobody_else(
         other.log_slate(SLATE)
         one.delete_user("u")
         monkeypatch.setattr(time, "time", lambda: clock() + jump_s)
+        one.delete_user("v")
         other.flush()
         assert slates_of(one, "u") == []
         for store, name in ((one, "r2"), (other, "r3")):
@@ -336,11 +337,11 @@ def test_a_clock_that_is_set_brings_no_deleted_user_back_and_drops_nobody_else(
         assert [slate.recommendation_id for slate in slates_of(one, "u")] == ["r2", "r3"]
 
 
-def test_a_deletion_that_is_long_past_leaves_the_numbers_of_later_ones_growing(
+def test_deletions_that_are_forgotten_leave_the_numbers_of_later_ones_growing(
     store: EventStore, location: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("sqlite.users", "postgres.users", "redis.store"):
-        monkeypatch.setattr(f"serve.stores.{module}.DELETION_S", 0)
+        monkeypatch.setattr(f"serve.stores.{module}.MOST_DELETIONS", 1)
     with open_store(location) as other:
         for number, user_id in enumerate(("u", "v", "w")):
             slate = SLATE._replace(user_id=user_id)
@@ -374,6 +375,15 @@ def test_a_store_that_is_closed_refuses_reads_and_writes(tmp_path: Path) -> None
         store.record([user_event("1")])
     with ThreadPoolExecutor(1) as threads, pytest.raises(StoreError, match="cannot be read: it is closed"):
         threads.submit(store.history, "u").result()
+
+
+def test_a_thread_that_has_read_before_the_store_is_closed_is_refused_as_well(tmp_path: Path) -> None:
+    threads = ThreadPoolExecutor(1)
+    with open_store(tmp_path / "s") as store:
+        assert threads.submit(store.history, "u").result() == []
+    with pytest.raises(StoreError, match="cannot be read: it is closed"):
+        threads.submit(store.history, "u").result(timeout=10)
+    threads.shutdown()
 
 
 def test_postgres_calls_with_the_same_new_ids_in_any_order_wait_in_no_circle(
