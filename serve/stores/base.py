@@ -9,7 +9,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from serve.model.events import INTERACTION, Event
 from serve.model.live_catalog import Item
@@ -161,6 +161,14 @@ class ItemChanges(NamedTuple):
     """True: these are the first of all items, and what was known before is void."""
 
 
+class Swept(NamedTuple):
+    """A part of the states that was looked at."""
+
+    dropped_count: int
+    place: Any
+    """Where the next call goes on; None: this was the last part."""
+
+
 class Deleted(NamedTuple):
     """How much of a user there was."""
 
@@ -292,15 +300,13 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        """Deletes states of model versions that are not used any more.
+    def drop_states(self, keep_versions: Collection[str], most: int, place: Any = None) -> Swept:
+        """Deletes states of model versions that are not used any more, in a step that others need not wait for.
 
         Args:
             keep_versions: The versions whose states stay.
-            most: About how many states to delete now.
-
-        Returns:
-            How many were deleted, 0 when none was left.
+            most: About how many states, or users with states, to look at now.
+            place: Where the last call ended; None: at the beginning.
         """
 
     @abstractmethod
