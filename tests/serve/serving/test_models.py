@@ -26,7 +26,7 @@ from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.serving import sweeper
 from serve.serving.errors import RefusedModel, UnknownModel
 from serve.serving.loading import ModelLoader, open_models
-from serve.serving.versions import ModelLibrary, State, position
+from serve.serving.versions import Division, ModelLibrary, State, position
 from serve.stores.base import EventStore, SpilledState, Swept, UserEvent
 
 DEADLINE_S = 30.0
@@ -259,6 +259,32 @@ def test_positions_of_users_are_even_and_fixed() -> None:
     assert set(counts) == set(range(10))
     assert max(abs(count - 1000) for count in counts.values()) < 4 * (10_000 * 0.1 * 0.9) ** 0.5
     assert position("7") == position("7") != position("8")
+
+
+@pytest.mark.parametrize(
+    ("division", "served", "previous"),
+    [
+        (Division({"1": 1.0}, False, "2"), ["1"], "2"),
+        (Division({"gone": 1.0}, False, "1"), ["2"], "gone"),
+        (Division({"2": 1.0}, True, "1"), ["2"], "1"),
+        # As it was before there was a newer version.
+        (Division({"1": 1.0}, True, None), ["2"], "1"),
+    ],
+)
+def test_a_late_process_begins_as_the_others_divide_users(
+    division: Division, served: list[str], previous: str, versions: Path, model_directory: Path, store: EventStore
+) -> None:
+    add_version(versions, model_directory, "2")
+    with open_models(versions, ModelLoader(store, Metrics(), "cpu"), watch_s=0, load_now=False) as models:
+        models.open(division)
+        assert models.versions() == served
+        states = {report.model_version: report.state for report in models.report()}
+        assert [version for version, state in states.items() if state is State.READY] == served
+        if previous == "gone":
+            with pytest.raises(RefusedModel, match="'gone' is not in the model directory"):
+                models.roll_back()
+        else:
+            assert models.roll_back() == previous
 
 
 def test_changes_by_hand_stop_the_automatic_ones(versions: Path, model_directory: Path, models: ModelLibrary) -> None:
