@@ -26,8 +26,8 @@ from serve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Between the end of a process and the start of the next one; it doubles while they end soon, and begins anew after one
-# that answered for STEADY_S.
+# From the end of a process to the start of the next one. It doubles each time, up to the longest, and is the first
+# again once a process has answered for STEADY_S.
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 60.0
