@@ -17,7 +17,13 @@ def host_and_port(address: str) -> tuple[str, int]:
     # gRPC takes 99999 as the port 34463.
     if not (host and port.isascii() and port.isdecimal() and int(port) < 2**16):
         raise AddressError(f"expected HOST:PORT with a port in 0..65535, came {address}")
-    return host.strip("[]"), int(port)
+    host = host.strip("[]")
+    try:
+        # As those who look it up do.
+        host.encode("idna")
+    except UnicodeError as error:
+        raise AddressError(f"expected a name or an IP address as HOST, came {host}: {error}") from error
+    return host, int(port)
 
 
 def is_loopback(address: str) -> bool:

@@ -51,8 +51,9 @@ def command(file: Path | None, **options: Any) -> None:
     or SIGINT.
 
     Prints `serving MODEL_VERSION on HOST:PORT (provider NAME, search WAY)` when it is ready, with `--fast` also
-    ` and fast ADDRESS` after the first address, with `--http` then also ` and http://HOST:PORT`. After SIGTERM or
-    SIGINT it finishes the calls under way, accepts no new ones, and exits with 0; after a failure of its own, with 1.
+    ` and fast ADDRESS` after the first address, with `--http` then also ` and http://HOST:PORT`, and with `--processes`
+    also `, N processes` in the brackets. After SIGTERM or SIGINT it finishes the calls under way, accepts no new ones,
+    and exits with 0; after a failure of its own, with 1.
     """
     try:
         settings = read_settings(options, os.environ, file)
@@ -158,13 +159,16 @@ def _serve(
             gc.freeze()
             # Nobody may connect to one of several processes that comes late before it can answer.
             is_late = supervised is not None and supervised.is_late
-            if is_late:
-                models.open()
+            if supervised is not None and is_late:
+                models.open(supervised.division)
+                supervised.opened(models)
             server, where = _opened(settings, listener, models, events, event_types, metrics, fail, stack)
             if not is_late:
                 models.open()
+                if supervised is not None:
+                    supervised.opened(models)
             if supervised is not None:
-                supervised.loaded(models)
+                supervised.wait_for_others()
             # A server that was stopped meanwhile must not attract calls.
             if not stopped.is_set():
                 server.start()
@@ -247,7 +251,8 @@ def _start_logging(settings: Settings) -> None:
     of_several = settings.processes > 1
     process = " %(process)d" if of_several else ""
     text = logging.Formatter(f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s")
-    start_logging(JsonFormatter(with_process=of_several) if settings.log_format == "json" else text)
+    formatter = JsonFormatter(with_process=of_several) if settings.log_format == "json" else text
+    start_logging(formatter, is_shared=of_several)
 
 
 def _reranker(settings: Settings, metrics: "Metrics") -> "Reranker | None":

@@ -6,6 +6,7 @@ light modules define: it loads no model.
 
 import pickle
 import socket
+import struct
 import threading
 from contextlib import suppress
 from typing import Any
@@ -14,16 +15,26 @@ from typing import Any
 class Channel:
     """Objects over a socket, each with the word that says what it is."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, send_timeout_s: float = 0.0) -> None:
+        """`send_timeout_s`: how long the other process may take to read what is sent; 0: for ever."""
         self._socket = end
+        whole, part = divmod(send_timeout_s, 1)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(1e6 * part)))
         self._file = end.makefile("rb")
         self._sending = threading.Lock()
 
-    def send(self, kind: str, value: Any = None) -> None:
-        """To a process that is gone nothing is sent; its end is seen by `receive`."""
+    def send(self, kind: str, value: Any = None) -> bool:
+        """To a process that is gone nothing is sent; its end is seen by `receive`. False: it did not read in time. Part
+        of this may have been sent then, so that nothing more can be."""
         content = pickle.dumps((kind, value))
-        with self._sending, suppress(OSError):
-            self._socket.sendall(content)
+        try:
+            with self._sending:
+                self._socket.sendall(content)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def receive(self) -> tuple[str, Any] | None:
         """The next word and object; None: the other process is gone."""

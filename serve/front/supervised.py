@@ -26,8 +26,12 @@ class Supervised:
         self.settings: Settings
         self.is_late: bool
         """Whether others answer already: this one must not be connected to before it can answer."""
-        _, (self.settings, self.is_late, self._division) = first
+        self.division: Division | None
+        """How the others divide users; None: nothing changed since the start."""
+        _, (self.settings, self.is_late, division) = first
+        self.division = None if division is None else pickle.loads(division)
         self._channel = channel
+        self._opened = threading.Event()
         self._go = threading.Event()
         self._changes = ThreadPoolExecutor(1, "division")
 
@@ -36,13 +40,16 @@ class Supervised:
         process: at once if it does not answer yet, else by `stop`."""
         threading.Thread(target=self._follow, args=[metrics, stop], name="supervisor", daemon=True).start()
 
-    def loaded(self, models: ModelLibrary) -> None:
-        """Takes over how users were divided by hand, waits until all processes may answer, and says from then on how
-        they are divided here."""
-        if self._division is not None:
-            models.follow_division(pickle.loads(self._division))
+    def opened(self, models: ModelLibrary) -> None:
+        """The models are loaded: divides users as the others were told to meanwhile, and from now on says how they are
+        divided here."""
         self._models = models
         models.on_division = self._divided
+        self._opened.set()
+        self._changes.submit(lambda: None).result()
+
+    def wait_for_others(self) -> None:
+        """Waits until all processes may answer."""
         self._channel.send("loaded")
         self._go.wait()
 
@@ -54,8 +61,8 @@ class Supervised:
         """This process cannot serve."""
         self._channel.send("failed", message)
 
-    def _divided(self, division: Division) -> None:
-        self._channel.send("division", pickle.dumps(division))
+    def _divided(self, division: Division, by_hand: bool) -> None:
+        self._channel.send("division", (pickle.dumps(division), division.automatic, by_hand))
 
     def _follow(self, metrics: Metrics, stop: Callable[[], None]) -> None:
         while (message := self._channel.receive()) is not None:
@@ -76,7 +83,7 @@ class Supervised:
         stop()
 
     def _take_over(self, division: bytes) -> None:
-        self._go.wait()
+        self._opened.wait()
         try:
             self._models.follow_division(pickle.loads(division))
         except Exception:

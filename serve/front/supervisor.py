@@ -28,19 +28,19 @@ logger = logging.getLogger(__name__)
 
 # A signal that comes just before a wait does not end it, since Python runs its handler between two waits only.
 LOOK_S = 0.5
-# Between the end of a process and the start of the next one; it doubles while they end soon, and begins anew after one
-# that answered for STEADY_S.
+# From the end of a process to the start of the next one. It doubles each time, up to the longest, and is the first
+# again once a process has answered for STEADY_S.
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 60.0
 # Beyond the time for calls under way, for a process to end by itself.
 END_S = 10.0
-# For all processes to send their metrics; of one that does not, the last ones count.
-SCRAPE_S = 2.0
+# For a process to read what it is sent: it has a thread for that alone.
+READ_S = 5.0
 
 
 class StartError(Exception):
-    """The server cannot start; the message is that of the process that could not."""
+    """No process can serve; the message says why."""
 
 
 class Process:
@@ -53,41 +53,54 @@ class Process:
         division: bytes | None,
         tell: "Callable[[tuple[Process | None, str, Any]], None]",
     ) -> None:
-        """Starts it.
+        """Starts it; raises OSError or RuntimeError if the system has no room for it.
 
         Args:
             settings: Its own settings.
             is_late: Whether others answer already.
-            division: How users are divided between models, as another process said; None: not by hand.
+            division: How the others divide users; None: nothing changed since the start.
             tell: Gets this process, a word and what belongs to it; the last word is `ended`, with the exit status.
         """
         self.is_loaded = False
         self.serves_since: float | None = None
         self.message = ""
         self.metrics: Sequence[Metric] = ()
-        self._scraped = threading.Event()
-        ours, theirs = socket.socketpair()
-        with theirs:
+        self._asking = threading.Lock()
+        self._has_ended = False
+        # Set while no answer is outstanding.
+        self._answered = threading.Event()
+        self._answered.set()
+        with ExitStack() as stack:
+            ours, theirs = map(stack.enter_context, socket.socketpair())
             number = theirs.fileno()
             # A group of its own: Ctrl-C is for the supervisor, which tells all of them.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "serve.cli.worker", str(number)], pass_fds=[number], process_group=0
             )
-        self._channel = Channel(ours)
-        self._channel.send("settings", (settings, is_late, division))
-        threading.Thread(target=self._read, args=[tell], name="process", daemon=True).start()
+            theirs.close()
+            self._channel = Channel(ours, READ_S)
+            self.send("settings", (settings, is_late, division))
+            threading.Thread(target=self._read, args=[tell], name="process", daemon=True).start()
+            # From now on the channel has it; without a channel the process ends.
+            stack.pop_all()
 
     def send(self, kind: str, value: Any = None) -> None:
-        self._channel.send(kind, value)
+        """Kills it if it does not read."""
+        if not self._channel.send(kind, value):
+            logger.error("a server process does not read what it is told, and is killed")
+            self._process.kill()
 
     def ask_for_metrics(self) -> None:
-        """They are awaited by `wait_for_metrics`."""
-        self._scraped.clear()
-        self._channel.send("metrics")
+        """They are awaited by `wait_for_metrics`. Asks nothing new while an answer is outstanding."""
+        with self._asking:
+            if self._has_ended or not self._answered.is_set():
+                return
+            self._answered.clear()
+        self.send("metrics")
 
     def wait_for_metrics(self, until: float) -> Sequence[Metric]:
         """Those that it sent until a time by `time.monotonic()`, or earlier ones."""
-        self._scraped.wait(max(0.0, until - time.monotonic()))
+        self._answered.wait(max(0.0, until - time.monotonic()))
         return self.metrics
 
     def end(self) -> None:
@@ -111,11 +124,13 @@ class Process:
             kind, value = message
             if kind == "metrics":
                 self.metrics = value
-                self._scraped.set()
+                self._answered.set()
             else:
                 tell((self, kind, value))
         status = self._process.wait()
-        self._scraped.set()
+        with self._asking:
+            self._has_ended = True
+        self._answered.set()
         tell((self, "ended", status))
 
 
@@ -133,8 +148,10 @@ class Supervisor:
         self._pause_s = FIRST_PAUSE_S
         self._is_ready = False
         self._division: bytes | None = None
+        self._is_automatic = True
+        """Whether each process follows the model directory by itself."""
         self._registry = CollectorRegistry()
-        self._merged = Merged(self._asked)
+        self._merged = Merged()
         self._registry.register(self._merged)
         answering = Gauge("processes", "Server processes that answer.", namespace="jaxrec", registry=self._registry)
         answering.set_function(lambda: sum(one.serves_since is not None for one in list(self._processes)))
@@ -203,36 +220,61 @@ class Supervisor:
         elif kind == "failed":
             process.message = value
         elif kind == "division":
-            self._division = value
-            # Also to the one that said so: all get all of them in the same order.
-            for one in self._processes:
-                one.send("division", value)
+            self._divided(*value)
         elif kind == "ended":
             self._ended(process, value)
         return True
+
+    def _divided(self, division: bytes, is_automatic: bool, by_hand: bool) -> None:
+        if by_hand:
+            self._division, self._is_automatic = division, is_automatic
+            # Also to the one that said so: all get all of them in the same order.
+            for one in self._processes:
+                one.send("division", division)
+        elif self._is_automatic:
+            # The others find it by themselves; later ones are to know what to roll back to.
+            self._division = division
 
     def _ended(self, process: Process, status: int) -> None:
         """Raises StartError."""
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         self._processes.remove(process)
-        self._merged.ended(process.metrics)
-        message = process.message or f"a server process ended with {how} before it answered; its log says why"
-        others_serve = any(one.serves_since is not None for one in self._processes)
-        if process.serves_since is None and not (self._is_ready and others_serve):
-            raise StartError(message)
+        self._merged.ended(process, process.metrics)
+        if process.serves_since is None and not self._others_serve():
+            raise StartError(
+                process.message or f"a server process ended with {how} before it answered; its log says why"
+            )
         if process.serves_since is not None and time.monotonic() - process.serves_since >= STEADY_S:
             self._pause_s = FIRST_PAUSE_S
         cause = f": {process.message}" if process.message else ""
         logger.error("a server process ended with %s, another starts in %g s%s", how, self._pause_s, cause)
         self._restarts.inc()
+        self._start_later()
+
+    def _start_later(self) -> None:
         self._due.append(time.monotonic() + self._pause_s)
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+
+    def _others_serve(self) -> bool:
+        """Whether what befalls one process is not the end of the server."""
+        return self._is_ready and any(one.serves_since is not None for one in self._processes)
 
     def _are_all(self, is_so: Callable[[Process], bool]) -> bool:
         return len(self._processes) == self._settings.processes and all(map(is_so, self._processes))
 
     def _start(self) -> None:
-        self._processes.append(Process(self._settings, self._is_ready, self._division, self._events.put))
+        """Raises StartError."""
+        try:
+            process = Process(self._settings, self._is_ready, self._division, self._events.put)
+        # RuntimeError: no more threads.
+        except (OSError, RuntimeError) as error:
+            if not self._others_serve():
+                raise StartError(f"a server process cannot be started: {error}") from error
+            logger.error("a server process cannot be started, it is tried again in %g s: %s", self._pause_s, error)
+            self._start_later()
+            return
+        self._processes.append(process)
+        self._merged.started(process)
 
     def _end(self) -> bool:
         """Ends all processes; whether they ended by themselves."""
@@ -244,13 +286,6 @@ class Supervisor:
             logger.error("a server process did not end, and is killed")
             one.kill()
         return not left
-
-    def _asked(self) -> list[Sequence[Metric]]:
-        processes = list(self._processes)
-        for one in processes:
-            one.ask_for_metrics()
-        until = time.monotonic() + SCRAPE_S
-        return [one.wait_for_metrics(until) for one in processes]
 
 
 def held(address: str, is_shared: bool) -> socket.socket:
@@ -276,7 +311,11 @@ def held(address: str, is_shared: bool) -> socket.socket:
         holder = socket.socket(family)
         try:
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # For the time of binding, past connections of an earlier server count for nothing. If it stayed, others
+            # who set it could listen here while no process does.
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             holder.bind(where)
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except OSError:
             holder.close()
             raise

@@ -6,8 +6,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from queue import Full, Queue
 from typing import Any, TextIO
@@ -98,9 +98,11 @@ class DetachedHandler(logging.Handler):
     Lines for which there is no room are dropped, and counted in a line of their own once there is.
     """
 
-    def __init__(self, stream: TextIO, most_lines: int = MOST_LINES) -> None:
+    def __init__(self, stream: TextIO, most_lines: int = MOST_LINES, *, is_shared: bool = False) -> None:
+        """`is_shared`: whether other processes write to the stream, whose lines must not come into these."""
         super().__init__()
         self._stream = stream
+        self._is_shared = is_shared
         self._lines: Queue[str | None] = Queue(most_lines)
         self._dropped = 0
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
@@ -120,7 +122,12 @@ class DetachedHandler(logging.Handler):
         if self._dropped:
             count, self._dropped = self._dropped, 0
             message = f"{count} lines of the log were dropped"
-            self.handle(logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": message}))
+            notice = logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": message})
+            try:
+                # Not by `handle`: the filters count how often a line comes, and this one has a number in it.
+                self._lines.put_nowait(self.format(notice))
+            except Full:
+                self._dropped += count
 
     def finish(self, timeout_s: float = LONGEST_END_S) -> None:
         """Writes what waits, as long as that takes no longer; for the end of the process."""
@@ -131,14 +138,30 @@ class DetachedHandler(logging.Handler):
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
             # Nobody could be told.
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError), _alone(self._stream) if self._is_shared else nullcontext():
                 self._stream.write(f"{line}\n")
                 self._stream.flush()
 
 
-def start_logging(formatter: logging.Formatter, stream: TextIO | None = None) -> None:
-    """Sends all logging to `stream`, standard error by default, from a thread of its own."""
-    handler = DetachedHandler(stream or sys.stderr)
+@contextmanager
+def _alone(stream: TextIO) -> Iterator[None]:
+    """No other process that asks as well writes meanwhile. A pipe takes 4 KiB as one piece, and cuts what is longer."""
+    import fcntl
+
+    # A stream that cannot be locked is written to all the same.
+    with suppress(OSError, ValueError):
+        fcntl.lockf(stream, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with suppress(OSError, ValueError):
+            fcntl.lockf(stream, fcntl.LOCK_UN)
+
+
+def start_logging(formatter: logging.Formatter, stream: TextIO | None = None, *, is_shared: bool = False) -> None:
+    """Sends all logging to `stream`, standard error by default, from a thread of its own. `is_shared`: see
+    `DetachedHandler`."""
+    handler = DetachedHandler(stream or sys.stderr, is_shared=is_shared)
     handler.setFormatter(formatter)
     handler.addFilter(Repeated())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

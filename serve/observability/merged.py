@@ -1,8 +1,11 @@
 """The metrics of several server processes as those of one, and how metrics are published."""
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Metric, start_http_server
 from prometheus_client.registry import Collector
@@ -22,24 +25,49 @@ SUMMED = frozenset(
 )
 """Gauges of which the processes have parts. Of the others the largest counts: all say the same, or one lags behind."""
 COUNTED = ("counter", "histogram")
+# For all processes to send their metrics; of one that does not, the last ones count.
+SCRAPE_S = 2.0
+
+
+class Source(Protocol):
+    """A process that has metrics."""
+
+    def ask_for_metrics(self) -> None:
+        """They are awaited by `wait_for_metrics`."""
+
+    def wait_for_metrics(self, until: float) -> Sequence[Metric]:
+        """Those that it sent until a time by `time.monotonic()`, or earlier ones."""
 
 
 class Merged(Collector):
     """Counters and histograms are summed over the processes that are and that were, as Prometheus expects of numbers
     that fall only when a server starts anew."""
 
-    def __init__(self, ask: Callable[[], Iterable[Sequence[Metric]]]) -> None:
-        """`ask` gives what each process that is there answers, or answered last."""
-        self._ask = ask
+    def __init__(self) -> None:
+        # Each process is either there or ended: never both in a sum, nor neither.
+        self._lock = threading.Lock()
+        self._sources: list[Source] = []
         self._ended: Sequence[Metric] = ()
 
-    def ended(self, last: Sequence[Metric]) -> None:
+    def started(self, source: Source) -> None:
+        """Notes a process."""
+        with self._lock:
+            self._sources.append(source)
+
+    def ended(self, source: Source, last: Sequence[Metric]) -> None:
         """Notes what a process counted that is no more, as far as that is known."""
-        self._ended = merged([self._ended, [one for one in last if one.type in COUNTED]])
+        counts = [one for one in last if one.type in COUNTED]
+        with self._lock:
+            self._sources.remove(source)
+            self._ended = merged([self._ended, counts])
 
     def collect(self) -> Iterable[Metric]:
-        asked = list(self._ask())
-        return merged([self._ended, *asked])
+        with self._lock:
+            sources, ended = list(self._sources), self._ended
+        for one in sources:
+            one.ask_for_metrics()
+        until = time.monotonic() + SCRAPE_S
+        return merged([ended, *(one.wait_for_metrics(until) for one in sources)])
 
     def describe(self) -> Iterable[Metric]:
         """None: to be registered, the processes need not be asked."""

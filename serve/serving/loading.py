@@ -1,6 +1,6 @@
 """Makes a loaded model of a model directory: verified, and run once so that its first user does not wait."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +42,16 @@ class ModelLoader:
     exploration: Exploration | None = None
     reranker: Reranker | None = None
 
-    def load(self, directory: Path) -> LoadedModel:
-        """Raises ArtifactError for a directory that cannot be served, and ProviderError."""
-        model = Recommender(read_artifact(directory), self.provider, self.threads, self.search)
+    def load(self, directory: Path, verified: Callable[[], None] = lambda: None) -> LoadedModel:
+        """Raises ArtifactError for a directory that cannot be served, and ProviderError.
+
+        Args:
+            directory: The model directory.
+            verified: Called once its files are what its manifest says, before they are loaded.
+        """
+        artifact = read_artifact(directory)
+        verified()
+        model = Recommender(artifact, self.provider, self.threads, self.search)
         warm_up(model)
         return LoadedModel(model, self.store, self.metrics, self.exploration, self.reranker)
 
@@ -71,8 +78,8 @@ def open_models(
     catalogue = CatalogueRefresher(loader.store, CATALOGUE_REFRESH_S, loader.metrics.catalogue_failed)
     loader.metrics.watch_catalogue(catalogue.item_count, catalogue.withheld_count, catalogue.age_s)
 
-    def load(directory: Path) -> LoadedModel:
-        loaded = loader.load(directory)
+    def load(directory: Path, verified: Callable[[], None]) -> LoadedModel:
+        loaded = loader.load(directory, verified)
         catalogue.prepare(loaded.model)
         refresher.prepare(loaded.model)
         return loaded

@@ -66,6 +66,8 @@ class StateCache:
         self._store = store
         self._capacity = capacity
         self._users: OrderedDict[str, UserState] = OrderedDict()
+        self._forgotten = 0
+        """How often a user was forgotten."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -81,16 +83,20 @@ class StateCache:
         trend = self._engine.trend
         masks = [() if query.user_id is None else self._model.masks(query, trend) for query in queries]
         user_ids = {query.user_id for query in queries if query.user_id is not None}
-        # Before the lock: others, whose states are in memory, do not wait for the store and for a replay.
-        read = self._brought_up({user_id: self._unspilled(user_id) for user_id in user_ids if not self.has(user_id)})
+        # Before the lock: others, whose states are up to date, do not wait for the store and for a replay.
+        forgotten = self._forgotten
+        read = self._read(user_ids)
+        asking: list[tuple[int, Query]] = []
         with self._lock:
-            users = self._current(user_ids, read)
+            if forgotten != self._forgotten:
+                # What was read may be of a user that was deleted since.
+                read = self._read(user_ids)
+            users = self._kept(read)
             for at, query in enumerate(queries):
                 if query.user_id is None:
                     replayed.append((at, query))
                 elif _asks_for_events(query, users[query.user_id]):
-                    events = self._store.history(query.user_id, query.request_time)
-                    replayed.append((at, query._replace(user_id=None, events=events)))
+                    asking.append((at, query))
                 elif users[query.user_id].known_count:
                     stored.append(_Stored(at, query, users[query.user_id], masks[at]))
                 else:
@@ -100,6 +106,10 @@ class StateCache:
             stepped = self._stepped(stored, trend) if stored else []
             self._make_room()
         # What follows the run of the model needs no user's state.
+        for at, query in asking:
+            assert query.user_id is not None
+            events = self._store.history(query.user_id, query.request_time)
+            replayed.append((at, query._replace(user_id=None, events=events)))
         for one, rankings, of_user in stepped:
             answers[one.at] = self._model.ranked(one.query, rankings, one.masks, trend, *of_user)
         if replayed:
@@ -156,6 +166,7 @@ class StateCache:
     def forget(self, user_id: str) -> None:
         """Drops a user's state, once the user was deleted from the store."""
         with self._lock:
+            self._forgotten += 1
             self._users.pop(user_id, None)
 
     def spill(self) -> None:
@@ -207,13 +218,20 @@ class StateCache:
         more = np.array([self._model.indices(query.exclude_item_ids)], np.int32)
         return np.concatenate([seen, more, user.disliked[None]], axis=1)
 
-    def _current(self, user_ids: Iterable[str], read: Mapping[str, UserState]) -> dict[str, UserState]:
-        """The users' states as of their stored histories; `read` are those that were not in memory. What neither is
-        there any more is read again."""
-        current = self._brought_up(
-            {user_id: self._users.get(user_id) or read.get(user_id) or self._unspilled(user_id) for user_id in user_ids}
-        )
-        for user_id, user in current.items():
+    def _read(self, user_ids: Iterable[str]) -> "dict[str, _Read]":
+        """The users' states as of their stored histories."""
+        before = {user_id: self._users.get(user_id) for user_id in user_ids}
+        now = self._brought_up({user_id: user or self._unspilled(user_id) for user_id, user in before.items()})
+        return {user_id: _Read(before[user_id], now[user_id]) for user_id in now}
+
+    def _kept(self, read: "Mapping[str, _Read]") -> dict[str, UserState]:
+        """Takes states into memory, and gives those that are current. Another call may have read later ones meanwhile:
+        revisions grow, and a user without one was deleted before or after that."""
+        current: dict[str, UserState] = {}
+        for user_id, (before, now) in read.items():
+            there = self._users.get(user_id)
+            is_later = there is not None and there is not before and 0 < now.revision <= there.revision
+            user = current[user_id] = there if there is not None and is_later else now
             if user.revision:
                 self._users[user_id] = user
                 self._users.move_to_end(user_id)
@@ -398,6 +416,14 @@ class _OfUser(NamedTuple):
     ignored_event_count: int
     disliked: Sequence[int]
     unknown: UnknownItems
+
+
+class _Read(NamedTuple):
+    """A state as of the stored history."""
+
+    before: UserState | None
+    """That which was in memory then."""
+    now: UserState
 
 
 class _Unread(NamedTuple):

@@ -9,7 +9,7 @@ from serve.stores.base import EventStore, StoreError
 
 logger = logging.getLogger(__name__)
 
-# States to forget in one transaction, and the pause after it.
+# States to look at in one step, and the pause after it.
 DROPPED_AT_ONCE = 1000
 PAUSE_S = 0.05
 DAY_S = 86_400
@@ -48,19 +48,27 @@ class StateSweeper:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._versions is not None)
                 versions, self._versions = self._versions, None
-            while not self._closed and versions is not None:
-                try:
-                    if not self._store.drop_states(versions, DROPPED_AT_ONCE):
-                        break
-                except StoreError as error:
-                    logger.error("the states of earlier versions stay in the store", exc_info=error)
-                    break
-                with self._changed:
-                    # Between two parts others write.
-                    self._changed.wait_for(lambda: self._closed or self._versions is not None, PAUSE_S)
-                    versions, self._versions = self._versions or versions, None
             if self._closed:
                 return
+            try:
+                while versions is not None and self._drop(versions):
+                    pass
+            except StoreError as error:
+                logger.error("the states of earlier versions stay in the store", exc_info=error)
+
+    def _drop(self, versions: Sequence[str]) -> bool:
+        """Looks at all states, part by part; whether to do so once more, since some were dropped. Ends early when it is
+        closed, or other versions are to be kept."""
+        place, dropped = None, 0
+        while True:
+            count, place = self._store.drop_states(versions, DROPPED_AT_ONCE, place)
+            dropped += count
+            with self._changed:
+                # Between two parts others write.
+                if self._changed.wait_for(lambda: self._closed or self._versions is not None, PAUSE_S):
+                    return False
+            if place is None:
+                return dropped > 0
 
 
 class SlatePruner:

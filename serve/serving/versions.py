@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 WATCH_S = 2.0
 SHARE_TOLERANCE = 1e-3
 
-Load = Callable[[Path], LoadedModel]
+Load = Callable[[Path, Callable[[], None]], LoadedModel]
+"""Verifies a directory, calls what it was handed, and only then loads."""
 
 
 class State(Enum):
@@ -108,7 +109,7 @@ class ModelLibrary:
         directory is looked at for a newer version; 0: never. `on_attempt` gets `loaded` or `refused`, `on_change`
         the loaded models, most traffic first, `on_resident` all that are in memory; `on_close` is called at the end.
         `keep_previous`: the version that answered most before the last change stays in memory for `roll_back`, until
-        another one is loaded.
+        another one is verified and to be loaded.
         """
         self._directory = directory
         self._load = load
@@ -124,10 +125,10 @@ class ModelLibrary:
         self._traffic = _Traffic({}, {})
         self._previous: str | None = None
         self._kept: dict[str, _Ready] = {}
-        """The version to roll back to, unless it answers or has to be loaded again."""
+        """The version that answered most before the last change, while it is in memory and does not answer."""
         self._has_changed = False
-        self.on_division: Callable[[Division], None] = lambda division: None
-        """Called with each division of users by hand."""
+        self.on_division: Callable[[Division, bool], None] = lambda division, by_hand: None
+        """Called when users are divided otherwise, and with whether that was by hand."""
         self.automatic = watch_s > 0
         self._watches = self.automatic
         self._closed = threading.Event()
@@ -135,8 +136,23 @@ class ModelLibrary:
         if load_now:
             self.open()
 
-    def open(self) -> None:
-        """Loads the newest valid version, or raises ArtifactError or ProviderError with the reason of the newest."""
+    def open(self, division: Division | None = None) -> None:
+        """Loads the newest valid version, or raises ArtifactError or ProviderError with the reason of the newest.
+
+        Args:
+            division: How other processes of the same server divide users. What was set by hand is loaded at first,
+                and the newest only if that cannot be.
+        """
+        if division is not None and not division.automatic:
+            self.follow_division(division)
+        if not self._traffic.main:
+            self._open_newest()
+        if division is not None and division.automatic:
+            self._follow_previous(division)
+        if self._watches:
+            self._thread.start()
+
+    def _open_newest(self) -> None:
         versions = find_versions(self._directory)
         if not versions:
             raise ArtifactError(f"{self._directory}: expected a model directory, or one with model directories in it")
@@ -152,8 +168,6 @@ class ModelLibrary:
         else:
             assert error is not None
             raise error
-        if self._watches:
-            self._thread.start()
 
     def __enter__(self) -> "ModelLibrary":
         return self
@@ -222,10 +236,9 @@ class ModelLibrary:
         """Gives the newest valid version all traffic, and follows the directory again; whether anything changed."""
         with self._changing:
             self.automatic = self._watches
-            before = self._traffic
-            self._follow(find_versions(self._directory), older_too=True)
-            self._divided()
-            return before is not self._traffic
+            changed = self._follow(find_versions(self._directory), older_too=True)
+            self._divided(by_hand=True)
+            return changed
 
     def load(self, model_version: str) -> bool:
         """Gives a version all traffic, and no longer follows the directory; whether anything changed.
@@ -249,7 +262,7 @@ class ModelLibrary:
         with self._changing:
             changed = self._divide({version: share / total for version, share in shares.items()})
             self.automatic = False
-            self._divided()
+            self._divided(by_hand=True)
             return changed
 
     def roll_back(self) -> str:
@@ -266,21 +279,30 @@ class ModelLibrary:
             except UnknownModel as error:
                 raise RefusedModel(str(error)) from error
             self.automatic = False
-            self._divided()
+            self._divided(by_hand=True)
             return previous
 
     def follow_division(self, division: Division) -> None:
-        """Divides users as another process does; logs why, if that cannot be done."""
+        """Divides users as another process was told to; logs why, if that cannot be done. Where the directory is
+        followed, the newest version counts: the other process may have said so before there was a newer one."""
         with self._changing:
-            try:
-                self._divide(division.shares)
-            except (UnknownModel, RefusedModel) as error:
-                logger.error("users are divided otherwise than in the other processes: %s", error)
             self.automatic = division.automatic and self._watches
-            self._previous = division.previous
+            try:
+                if division.automatic:
+                    self._follow(find_versions(self._directory), older_too=True)
+                else:
+                    self._divide(division.shares)
+            except (ArtifactError, UnknownModel, RefusedModel) as error:
+                logger.error("users are divided otherwise than in the other processes: %s", error)
+            self._follow_previous(division)
 
-    def _divided(self) -> None:
-        self.on_division(Division(self._traffic.shares, self.automatic, self._previous))
+    def _follow_previous(self, division: Division) -> None:
+        """Rolls back to what the other process would; to what that serves, where another version is served here."""
+        main = max(division.shares, key=lambda version: division.shares[version], default="")
+        self._previous = division.previous if main in ("", self._traffic.main) else main
+
+    def _divided(self, *, by_hand: bool) -> None:
+        self.on_division(Division(self._traffic.shares, self.automatic, self._previous), by_hand)
 
     def _divide(self, shares: Mapping[str, float]) -> bool:
         traffic = self._traffic
@@ -308,16 +330,16 @@ class ModelLibrary:
                 return_memory()
             try:
                 with self._changing:
-                    if self.automatic:
-                        self._follow(find_versions(self._directory), older_too=False)
+                    if self.automatic and self._follow(find_versions(self._directory), older_too=False):
+                        self._divided(by_hand=False)
             except ArtifactError as error:
                 logger.error("the model directory cannot be followed: %s", error)
             except Exception:
                 # Whatever it is, the next version may do, and meanwhile the loaded one serves.
                 logger.exception("the model directory cannot be followed")
 
-    def _follow(self, versions: Sequence[Version], *, older_too: bool) -> None:
-        """Serves the newest version that can be loaded, alone."""
+    def _follow(self, versions: Sequence[Version], *, older_too: bool) -> bool:
+        """Serves the newest version that can be loaded, alone; whether that is a change."""
         folders = {version.folder for version in versions}
         self._refused = {folder: refused for folder, refused in self._refused.items() if folder in folders}
         for version in versions:
@@ -329,15 +351,14 @@ class ModelLibrary:
             if not version.model_version:
                 continue
             if version.model_version in traffic.ready:
-                if len(traffic.shares) > 1:
-                    self._divide({version.model_version: 1.0})
-                return
+                return self._divide({version.model_version: 1.0})
             if version.model_version < traffic.main and not older_too:
-                return
+                return False
             ready = self._try(version)
             if ready is not None:
                 self._serve(_Traffic({version.model_version: ready}, {version.model_version: 1.0}))
-                return
+                return True
+        return False
 
     def _try(self, version: Version) -> _Ready | None:
         """Loads a version unless it was refused as it is."""
@@ -352,11 +373,8 @@ class ModelLibrary:
     def _loaded(self, version: Version) -> _Ready:
         """Raises ArtifactError or ProviderError, having noted the reason."""
         self._loading = version.model_version
-        if self._kept:
-            # Not three at once; if the new one is refused, the one before is loaded again to roll back to it.
-            self._keep({})
         try:
-            model = self._load(version.path)
+            model = self._load(version.path, self._make_room)
             if model.model.info.model_version != version.model_version:
                 raise ArtifactError(f"{version.path}: was replaced while it was read")
         except (ArtifactError, ProviderError) as error:
@@ -383,6 +401,11 @@ class ModelLibrary:
         there = {**self._kept, **before.ready}
         is_kept = self._keep_previous and previous in there and previous not in traffic.ready
         self._keep({previous: there[previous]} if is_kept and previous is not None else {})
+
+    def _make_room(self) -> None:
+        """Not three at once. If the new one fails after all, the one before is loaded again to roll back to it."""
+        if self._kept:
+            self._keep({})
 
     def _keep(self, kept: dict[str, _Ready]) -> None:
         self._kept = kept

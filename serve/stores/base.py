@@ -9,7 +9,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from serve.model.events import INTERACTION, Event
 from serve.model.live_catalog import Item
@@ -28,9 +28,9 @@ MOST_MERGED = 10_000
 MOST_ITEM_MARKS = 10_000
 """So many of the last changes of items are remembered: a server that read the catalogue before them reads it anew."""
 
-# A deletion is remembered for so long, by a digest of the user's id: what other servers still had to write of the user
-# is not written any more.
-DELETION_S = 7 * 86_400
+MOST_DELETIONS = 100_000
+"""So many of the last deletions of users are remembered, by digests of the users' ids: what other servers still had to
+write of these users is not written any more. By number and not by time, since clocks are set."""
 
 
 class StoreError(Exception):
@@ -159,6 +159,14 @@ class ItemChanges(NamedTuple):
     is hidden, and has nothing but its id."""
     anew: bool
     """True: these are the first of all items, and what was known before is void."""
+
+
+class Swept(NamedTuple):
+    """A part of the states that was looked at."""
+
+    dropped_count: int
+    place: Any
+    """Where the next call goes on; None: this was the last part."""
 
 
 class Deleted(NamedTuple):
@@ -292,15 +300,13 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        """Deletes states of model versions that are not used any more.
+    def drop_states(self, keep_versions: Collection[str], most: int, place: Any = None) -> Swept:
+        """Deletes states of model versions that are not used any more, in a step that others need not wait for.
 
         Args:
             keep_versions: The versions whose states stay.
-            most: About how many states to delete now.
-
-        Returns:
-            How many were deleted, 0 when none was left.
+            most: About how many states, or users with states, to look at now.
+            place: Where the last call ended; None: at the beginning.
         """
 
     @abstractmethod

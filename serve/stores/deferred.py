@@ -23,7 +23,7 @@ DEFERRED_BATCH = 500
 LIMIT = 20_000
 LIMIT_BYTES = 64 * 2**20
 ENTRY_BYTES = 1_000
-# Well below DELETION_S: what is older could be of a user whose deletion is forgotten.
+# What is older could be of a user whose deletion is forgotten, after MOST_DELETIONS others.
 LONGEST_WAIT_S = 86_400.0
 
 
@@ -41,7 +41,7 @@ class DeferredWrites:
     """Hands what was added to `write`, at the latest a second later; keeps and repeats what could not be written."""
 
     def __init__(self, write: Write, last_deletion: Callable[[], int]) -> None:
-        """`last_deletion` is the number of the store's last deletion of a user; raises what that raises."""
+        """`last_deletion` is the number of the store's last deletion of a user; raises StoreError as that does."""
         self._write = write
         self._last_deletion = last_deletion
         self._deletions: deque[tuple[float, int]] = deque([(time.monotonic(), last_deletion())])
@@ -79,11 +79,15 @@ class DeferredWrites:
             self._keep([waiting for waiting in self._waiting if waiting.entry.user_id != user_id])
 
     def look(self) -> None:
-        """Notes the store's last deletion of a user; raises what that raises."""
-        number = self._last_deletion()
+        """Notes the store's last deletion of a user; if the store fails, the next call does."""
+        try:
+            number = self._last_deletion()
+        except StoreError:
+            return
         now = time.monotonic()
         with self._changed:
-            if number != self._deletions[-1][1]:
+            # Of two calls at once the one that asked first may come here last.
+            if number > self._deletions[-1][1]:
                 self._deletions.append((now, number))
             while len(self._deletions) > 1 and now - self._deletions[1][0] > LONGEST_WAIT_S:
                 self._deletions.popleft()
@@ -91,7 +95,7 @@ class DeferredWrites:
     @contextmanager
     def merging(self, source: str, target: str) -> Iterator[None]:
         """Writes what waits, and then nothing else within the block. What was added of the source meanwhile becomes the
-        target's after the block; if the block raises, it stays the source's."""
+        target's after the block; if the block raises, it stays the source's. A merge deletes the source."""
         with self._writing:
             self._flush()
             yield
@@ -105,6 +109,7 @@ class DeferredWrites:
                         if waiting.entry.user_id != source or isinstance(waiting.entry, Slate)
                     ]
                 )
+        self.look()
 
     def slates(self, user_id: str, since: int) -> list[Slate]:
         """Those of a user that are not known to be written, newest first, from a timestamp on."""
@@ -118,8 +123,7 @@ class DeferredWrites:
 
     def flush(self) -> None:
         """Writes all that waits now, or raises what came of it and keeps it: a StoreError, unless an entry is bad."""
-        with suppress(StoreError):
-            self.look()
+        self.look()
         with self._writing:
             self._flush()
 

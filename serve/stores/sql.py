@@ -17,6 +17,7 @@ from serve.stores.base import (
     ShownItem,
     Slate,
     SpilledState,
+    Swept,
     UserEvent,
 )
 from serve.stores.counters import Counter, Damaged, add_events
@@ -26,7 +27,6 @@ from serve.stores.rows import event_of_row, item_of_text, slate_of_row
 LARGEST = 2**63 - 1
 LAST = (LARGEST, LARGEST)
 FIRST = ("", "")
-SWEPT_AT_ONCE = 1_000  # states
 COPIED_AT_ONCE = 10_000
 SLATES_AT_ONCE = 50
 LOOKED_AT_AT_ONCE = 100_000  # arrivals, of which few may be wanted: a statement must not take long
@@ -83,8 +83,6 @@ class SqlStore(DeferringStore):
 
     _queries: Queries
     _damaged_items: Damaged
-    _drop_from = FIRST
-    """The user and the model version of the state after which `drop_states` goes on."""
 
     @abstractmethod
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
@@ -134,22 +132,12 @@ class SqlStore(DeferringStore):
         rows = self._read(self._queries.state, user_id, model_version)
         return SpilledState(*rows[0]) if rows else None
 
-    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        """Goes through the states from where the last call ended. They are read outside of a transaction, so that those
-        that stay keep no other write waiting."""
-        sees_all, at_once = self._drop_from == FIRST, min(most, SWEPT_AT_ONCE)
-        while True:
-            keys = self._read(self._queries.state_keys, *self._drop_from, at_once)
-            gone = [key for key in keys if key[1] not in keep_versions]
-            dropped = self._delete_states(gone) if gone else 0
-            self._drop_from = keys[-1] if len(keys) == at_once else FIRST
-            if dropped:
-                return dropped
-            if self._drop_from == FIRST:
-                # Before "none is left" is said, all are seen once.
-                if sees_all:
-                    return 0
-                sees_all = True
+    def drop_states(self, keep_versions: Collection[str], most: int, place: Any = None) -> Swept:
+        """Reads the states outside of a transaction, so that those that stay keep no other write waiting."""
+        keys = self._read(self._queries.state_keys, *(place or FIRST), most)
+        gone = [key for key in keys if key[1] not in keep_versions]
+        dropped = self._delete_states(gone) if gone else 0
+        return Swept(dropped, None if len(keys) < most else tuple(keys[-1]))
 
     @abstractmethod
     def _delete_states(self, keys: Sequence[tuple[str, str]]) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from serve.addresses import is_loopback
+from serve.front.supervisor import END_S
 from serve.settings import Settings
 from tests.deploy.files import COMPOSE, CONTAINER, NETWORK, POD, SETTINGS, UNIT, commands, parse, port_of
 
@@ -40,9 +41,10 @@ def test_what_the_server_may_write_to_is_the_same_everywhere() -> None:
 
 def test_a_stop_waits_for_the_calls_under_way() -> None:
     (before,) = [float(word) for word in CONTAINER["lifecycle"]["preStop"]["exec"]["command"] if word.isdecimal()]
-    assert POD["spec"]["terminationGracePeriodSeconds"] > before + SETTINGS["kubernetes"].drain
-    assert float(COMPOSE["services"]["server"]["stop_grace_period"].removesuffix("s")) > SETTINGS["compose"].drain
-    assert float(UNIT["TimeoutStopSec"][0]) > SETTINGS["systemd"].drain
+    assert POD["spec"]["terminationGracePeriodSeconds"] > before + SETTINGS["kubernetes"].drain + END_S
+    grace_s = float(COMPOSE["services"]["server"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s > SETTINGS["compose"].drain + END_S
+    assert float(UNIT["TimeoutStopSec"][0]) > SETTINGS["systemd"].drain + END_S
 
 
 def test_the_unit_runs_a_server_without_root() -> None:

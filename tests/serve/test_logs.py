@@ -3,7 +3,11 @@
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -68,6 +72,46 @@ def test_a_log_that_nobody_reads_holds_up_no_call_and_says_what_was_dropped() ->
     handler.finish(PATIENCE_S)
     messages = [json.loads(line)["message"] for line in stream.getvalue().splitlines()[3:]]
     assert messages == ["first", "more", "more", "last", "2 lines of the log were dropped"]
+
+
+def test_every_count_of_dropped_lines_is_written_however_often_they_come() -> None:
+    stream, rounds = SlowStream(), MOST_REPEATED + 2
+    handler = DetachedHandler(stream, most_lines=2)
+    handler.setFormatter(JsonFormatter())
+    handler.addFilter(Repeated())
+
+    def wait_for_lines(text: str, count: int) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while stream.getvalue().count(text) < count:
+            assert time.monotonic() < end
+
+    for number in range(1, rounds + 1):
+        stream.is_read.clear()
+        stream.is_written.clear()
+        handler.handle(logging.makeLogRecord({"msg": "first", "levelno": logging.INFO}))
+        assert stream.is_written.wait(PATIENCE_S)
+        for _ in range(5):
+            handler.handle(logging.makeLogRecord({"msg": "more", "levelno": logging.INFO}))
+        stream.is_read.set()
+        wait_for_lines("more", 2 * number)
+        handler.handle(logging.makeLogRecord({"msg": "last", "levelno": logging.INFO}))
+        wait_for_lines("3 lines of the log were dropped", number)
+    handler.finish(PATIENCE_S)
+
+
+def test_long_lines_of_several_processes_stay_whole() -> None:
+    program = (
+        "import logging, sys; from serve.observability.logs import JsonFormatter, start_logging\n"
+        "start_logging(JsonFormatter(), is_shared=True)\n"
+        "for _ in range(100): logging.info(sys.argv[1] * 100_000)"
+    )
+    reading, writing = os.pipe()
+    processes = [subprocess.Popen([sys.executable, "-c", program, letter], stderr=writing) for letter in "ab"]
+    os.close(writing)
+    with os.fdopen(reading) as log:
+        messages = [json.loads(line)["message"] for line in log]
+    assert [process.wait(PATIENCE_S) for process in processes] == [0, 0]
+    assert sorted(messages) == ["a" * 100_000] * 100 + ["b" * 100_000] * 100
 
 
 def test_a_failure_that_comes_with_every_call_is_logged_some_times_a_minute(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ from typing import LiteralString
 
 import psycopg
 
-from serve.stores.base import DELETION_S, MOST_MERGED, Deleted, TooManyToMerge, digest
+from serve.stores.base import MOST_DELETIONS, MOST_MERGED, Deleted, TooManyToMerge, digest
 from serve.stores.postgres.schema import DELETION_LOCK
 
 # On a slow disk the largest merge takes longer than a call of another kind may.
@@ -131,7 +131,6 @@ def _note_deletion(connection: psycopg.Connection, user_id: str) -> None:
     )
     # Never the last one, so that numbers grow.
     connection.execute(
-        "DELETE FROM jaxrec.deletions WHERE time < clock_timestamp() - make_interval(secs => %s)"
-        " AND number < (SELECT max(number) FROM jaxrec.deletions)",
-        [DELETION_S],
+        "DELETE FROM jaxrec.deletions WHERE number <= (SELECT max(number) FROM jaxrec.deletions) - %s",
+        [MOST_DELETIONS],
     )

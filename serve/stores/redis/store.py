@@ -9,8 +9,8 @@ Keys, all below `jaxrec:`: `event_ids` (set), `revision` (counter), `user:ID` (h
 `events:ID` and `neutral:ID` (lists in order of arrival: the events that are not neutral, and those that are),
 `shown:ID` and `shown` (lists), `shown_ids` (set of what is in them), `shown_items:RECOMMENDATION` (hash by item),
 `states:ID` (hash by model version), `states` (set of the IDs that have one, so that they can be found), `deletions`
-(sorted set of digests of deleted users by time), `deletion_numbers` (hash of digests: the how manieth deletion it was),
-`deletion` (counter of them), `deleted` (hash of lists `deleted:NUMBER`, what is left of long
+(sorted set of the digests of deleted users by the number of the deletion), `deletion_numbers` (hash of the same),
+`deletion` (the number of the last one), `deleted` (hash of lists `deleted:NUMBER`, what is left of long
 deleted lists, and of which set it has ids), `trend` (hash of the counters by item ID), `trend_changed` (sorted set of
 those IDs by the revision of the last change), `trend_until` (events after this time are counted); while a store is
 seeded, `trend_held` (the revision up to which the events have still to be added up), `trend_seed` (list: what is still
@@ -30,7 +30,7 @@ from typing import Any
 
 from serve.model.events import Event
 from serve.stores.base import (
-    DELETION_S,
+    MOST_DELETIONS,
     MOST_EVENTS,
     MOST_MERGED,
     MOST_SLATES,
@@ -39,6 +39,7 @@ from serve.stores.base import (
     ShownItem,
     Slate,
     SpilledState,
+    Swept,
     TooManyToMerge,
     UserEvent,
     digest,
@@ -78,7 +79,6 @@ from serve.stores.redis.values import (
 from serve.stores.rows import Started
 
 DELETED_AT_ONCE = 1_000
-DROPPED_AT_ONCE = 1_000
 SLATES_AT_ONCE = 50
 READ_FIRST = 32  # events, to find those that arrived since a revision: mostly there is one
 LISTS = (b"jaxrec:events:", b"jaxrec:neutral:")
@@ -98,7 +98,7 @@ class RedisStore(RedisCounters, RedisItems):
         self._merge = self._redis.register_script(MERGE_USERS)
         self._forget_rest = self._redis.register_script(FORGET_REST)
         self._drop_states = self._redis.register_script(DROP_STATES)
-        self._drop_from = self._prune_from = 0
+        self._prune_from = 0
         # Lists and hashes still to be pruned, and from which place of the first one on.
         self._unpruned: deque[bytes] = deque()
         self._prune_place = 0
@@ -176,20 +176,10 @@ class RedisStore(RedisCounters, RedisItems):
         (revision,) = REVISION.unpack_from(value)
         return SpilledState(user_id, model_version, revision, value[REVISION.size :])
 
-    def drop_states(self, keep_versions: Collection[str], most: int) -> int:
-        # From where the last call ended; before "none is left" is said, all users are seen once.
-        dropped, sees_all = 0, self._drop_from == 0
+    def drop_states(self, keep_versions: Collection[str], most: int, place: Any = None) -> Swept:
         with self._failures("cannot be written"):
-            while dropped < most:
-                at_once = min(most - dropped, DROPPED_AT_ONCE)
-                cursor, count = self._drop_states(args=[self._drop_from, at_once, *keep_versions])
-                self._drop_from = int(cursor)
-                dropped += count
-                if self._drop_from == 0:
-                    if sees_all or dropped:
-                        break
-                    sees_all = True
-        return dropped
+            cursor, count = self._drop_states(args=[place or 0, most, *keep_versions])
+        return Swept(count, int(cursor) or None)
 
     def prune_slates(self, before: int, most: int) -> bool:
         """Goes through all lists, from where the last call ended."""
@@ -221,7 +211,7 @@ class RedisStore(RedisCounters, RedisItems):
 
     def delete_user(self, user_id: str) -> Deleted:
         self._deferred.discard(user_id)
-        arguments: list[Any] = [user_id, digest(user_id), DELETION_S, DELETED_AT_ONCE]
+        arguments: list[Any] = [user_id, digest(user_id), MOST_DELETIONS, DELETED_AT_ONCE]
         events, neutral, slates = self._written(lambda client: self._delete(args=arguments, client=client))
         self._deferred.look()
         # Also what an attempt that failed left.
@@ -280,7 +270,15 @@ class RedisStore(RedisCounters, RedisItems):
         return deleted
 
     def merge_users(self, source: str, target: str) -> Deleted:
-        arguments: list[Any] = [source, target, digest(source), DELETION_S, MOST_MERGED, 2 * MOST_EVENTS, MOST_SLATES]
+        arguments: list[Any] = [
+            source,
+            target,
+            digest(source),
+            MOST_DELETIONS,
+            MOST_MERGED,
+            2 * MOST_EVENTS,
+            MOST_SLATES,
+        ]
         with self._deferred.merging(source, target):
             *counts, moved = self._written(lambda client: self._merge(args=arguments, client=client))
             if not moved:

@@ -1,16 +1,15 @@
 """What runs within Redis on all that is stored of a user; see `serve.stores.redis.scripts`."""
 
-# Remembers that a user is deleted, as of now.
+# Remembers that a user is deleted, and forgets all but so many of the last deletions.
 NOTE_DELETION = """
 local function note_deletion(digest, kept)
-    local time = redis.call('TIME')
-    local now = time[1] + time[2] / 1e6
-    for _, old in ipairs(redis.call('ZRANGEBYSCORE', 'jaxrec:deletions', '-inf', now - kept)) do
+    local number = redis.call('INCR', 'jaxrec:deletion')
+    redis.call('ZADD', 'jaxrec:deletions', number, digest)
+    redis.call('HSET', 'jaxrec:deletion_numbers', digest, number)
+    for _, old in ipairs(redis.call('ZRANGEBYSCORE', 'jaxrec:deletions', '-inf', number - kept)) do
         redis.call('ZREM', 'jaxrec:deletions', old)
         redis.call('HDEL', 'jaxrec:deletion_numbers', old)
     end
-    redis.call('ZADD', 'jaxrec:deletions', string.format('%.6f', now), digest)
-    redis.call('HSET', 'jaxrec:deletion_numbers', digest, redis.call('INCR', 'jaxrec:deletion'))
 end
 """
 # Gives the history of a user a revision above all that were before, as of which it is read as a whole.
@@ -40,7 +39,7 @@ local function forget(list, ids, most)
     return redis.call('LLEN', list)
 end
 """
-# ARGV: user, its digest, for how many seconds that is kept, and how many entries of a list to delete now. More of them
+# ARGV: user, its digest, how many deletions are remembered, and how many entries of a list to delete now. More of them
 # are put away where no reader looks, for FORGET_REST. Returns how many events, neutral events and slates there
 # were.
 DELETE_USER = (
@@ -133,7 +132,7 @@ for at = 1, #ARGV, 3 do
 end
 return new
 """
-# ARGV: source, target, digest of the source, for how many seconds that is kept, how many entries may be moved, and
+# ARGV: source, target, digest of the source, how many deletions are remembered, how many entries may be moved, and
 # among how many of the target's last events and of its last slates the source's are merged. Events are merged by
 # revision and slates by time, since readers look at the last ones only. All is read and merged before the first
 # write. Returns how many events, neutral events and slates the source had, and whether they were moved (1) or are

@@ -1,4 +1,4 @@
-"""Events, slates, spilled states and items in one SQLite file, for one server.
+"""Events, slates, spilled states and items in one SQLite file, for the servers of one machine.
 
 One thread writes; calls that wait for it share a transaction and its fsync (group commit), each with a savepoint of
 its own, so that a call that fails takes no other with it. WAL with synchronous=FULL: what was acknowledged survives
@@ -58,11 +58,11 @@ class _Reader(NamedTuple):
 
     connection: sqlite3.Connection
     reading: threading.Lock
-    """Held while it reads, and for good by what closes it."""
+    """Held while it reads, and while it is closed."""
 
 
 class SQLiteStore(SqlStore):
-    """The store of one server process; a second process may read and write the same file."""
+    """The store of one machine; several processes may read and write the same file."""
 
     _queries = QUERIES
 
@@ -98,7 +98,10 @@ class SQLiteStore(SqlStore):
         for reader in readers:
             # A thread that still reads, since its call was cut off, keeps its connection.
             if reader.reading.acquire(blocking=False):
-                reader.connection.close()
+                try:
+                    reader.connection.close()
+                finally:
+                    reader.reading.release()
 
     def record(self, events: Sequence[UserEvent]) -> list[UserEvent]:
         if not events:
@@ -158,6 +161,7 @@ class SQLiteStore(SqlStore):
     def _read(self, query: LiteralString, *parameters: Any) -> list[Any]:
         reader = self._reader()
         with reader.reading, self._failures("cannot be read"):
+            self._check_open()
             return reader.connection.execute(query, parameters).fetchall()
 
     def _delete_states(self, keys: Sequence[tuple[str, str]]) -> int:
@@ -233,13 +237,17 @@ class SQLiteStore(SqlStore):
         for done, result in results:
             done.set_result(result)
 
-    def _reader(self) -> "_Reader":
+    def _check_open(self) -> None:
+        """Raises StoreError."""
+        if self._closed:
+            raise StoreError(f"{self._path}: cannot be read: it is closed")
+
+    def _reader(self) -> _Reader:
         """This thread's own connection: on a shared one, overlapping reads could keep an old snapshot."""
         reader: _Reader | None = getattr(self._readers, "reader", None)
         if reader is None:
             with self._closing:
-                if self._closed:
-                    raise StoreError(f"{self._path}: cannot be read: it is closed")
+                self._check_open()
                 reader = self._readers.reader = _Reader(self._connect(), threading.Lock())
                 self._all_readers.append(reader)
         return reader

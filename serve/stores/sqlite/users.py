@@ -4,7 +4,7 @@ import sqlite3
 import time
 from collections.abc import Sequence
 
-from serve.stores.base import DELETION_S, MOST_MERGED, Deleted, TooManyToMerge, digest
+from serve.stores.base import MOST_DELETIONS, MOST_MERGED, Deleted, TooManyToMerge, digest
 from serve.stores.sqlite.counters import LAST_ARRIVAL
 
 # An older SQLite takes no more than 999 parameters.
@@ -87,12 +87,11 @@ def _begin_anew(connection: sqlite3.Connection, user_id: str) -> None:
 
 
 def _note_deletion(connection: sqlite3.Connection, user_id: str) -> None:
-    now = time.time()
     connection.execute(
         "INSERT OR REPLACE INTO deletions SELECT ?, ?, coalesce(max(number), 0) + 1 FROM deletions",
-        (digest(user_id), now),
+        (digest(user_id), time.time()),
     )
     # Never the last one, so that numbers grow.
     connection.execute(
-        "DELETE FROM deletions WHERE time < ? AND number < (SELECT max(number) FROM deletions)", (now - DELETION_S,)
+        "DELETE FROM deletions WHERE number <= (SELECT max(number) FROM deletions) - ?", [MOST_DELETIONS]
     )

@@ -26,8 +26,8 @@ from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.serving import sweeper
 from serve.serving.errors import RefusedModel, UnknownModel
 from serve.serving.loading import ModelLoader, open_models
-from serve.serving.versions import ModelLibrary, State, position
-from serve.stores.base import EventStore, SpilledState, UserEvent
+from serve.serving.versions import Division, ModelLibrary, State, position
+from serve.stores.base import EventStore, SpilledState, Swept, UserEvent
 
 DEADLINE_S = 30.0
 WATCH_S = 0.05
@@ -96,11 +96,12 @@ def test_states_of_versions_that_left_are_forgotten_in_the_background(
     old = [SpilledState(user, "0", store.revision(user), b"x") for user in users]
     store.save_states([*old, old[0]._replace(model_version="1")])
     store.flush()
-    drop, may_drop, parts = store.drop_states, threading.Event(), []
+    drop, may_drop = store.drop_states, threading.Event()
+    parts: list[Swept] = []
 
-    def watched_drop(versions: Collection[str], most: int) -> int:
+    def watched_drop(versions: Collection[str], most: int, place: object) -> Swept:
         assert may_drop.wait(DEADLINE_S)
-        parts.append(drop(versions, most))
+        parts.append(drop(versions, most, place))
         return parts[-1]
 
     monkeypatch.setattr(store, "drop_states", watched_drop)
@@ -108,8 +109,10 @@ def test_states_of_versions_that_left_are_forgotten_in_the_background(
         # It serves though nothing was forgotten yet.
         assert models.versions() == ["1"]
         may_drop.set()
-        wait_for(lambda: 0 in parts)
-    assert (sum(parts), max(parts), parts[-1]) == (7, 2, 0)
+        # Once until all are dropped, and once more, since some may have come meanwhile.
+        wait_for(lambda: [one.place for one in parts].count(None) == 2)
+    counts = [one.dropped_count for one in parts]
+    assert (sum(counts), max(counts), counts[-1]) == (7, 2, 0)
     assert [store.load_state(user, "0") for user in users] == [None] * 7
     assert store.load_state("u0", "1") is not None
 
@@ -258,6 +261,32 @@ def test_positions_of_users_are_even_and_fixed() -> None:
     assert position("7") == position("7") != position("8")
 
 
+@pytest.mark.parametrize(
+    ("division", "served", "previous"),
+    [
+        (Division({"1": 1.0}, False, "2"), ["1"], "2"),
+        (Division({"gone": 1.0}, False, "1"), ["2"], "gone"),
+        (Division({"2": 1.0}, True, "1"), ["2"], "1"),
+        # As it was before there was a newer version.
+        (Division({"1": 1.0}, True, None), ["2"], "1"),
+    ],
+)
+def test_a_late_process_begins_as_the_others_divide_users(
+    division: Division, served: list[str], previous: str, versions: Path, model_directory: Path, store: EventStore
+) -> None:
+    add_version(versions, model_directory, "2")
+    with open_models(versions, ModelLoader(store, Metrics(), "cpu"), watch_s=0, load_now=False) as models:
+        models.open(division)
+        assert models.versions() == served
+        states = {report.model_version: report.state for report in models.report()}
+        assert [version for version, state in states.items() if state is State.READY] == served
+        if previous == "gone":
+            with pytest.raises(RefusedModel, match="'gone' is not in the model directory"):
+                models.roll_back()
+        else:
+            assert models.roll_back() == previous
+
+
 def test_changes_by_hand_stop_the_automatic_ones(versions: Path, model_directory: Path, models: ModelLibrary) -> None:
     with pytest.raises(RefusedModel, match="no other version has served"):
         models.roll_back()
@@ -281,9 +310,9 @@ def test_changes_by_hand_stop_the_automatic_ones(versions: Path, model_directory
     flip_a_byte(versions / "3")
     with pytest.raises(RefusedModel, match=r"'3' is refused: .*sequence\.onnx: has sha256"):
         models.load("3")
-    # Only one was kept until another had to be loaded.
-    with pytest.raises(RefusedModel, match=r"'1' is refused: .*sequence\.onnx: has sha256"):
-        models.roll_back()
+    # The one before stays in memory, though another one was to be loaded.
+    assert models.roll_back() == "1"
+    assert models.roll_back() == "2"
     add_version(versions.parent / "again", model_directory, "3")
     shutil.rmtree(versions / "3")
     (versions.parent / "again" / "3").rename(versions / "3")

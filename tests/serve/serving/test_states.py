@@ -262,6 +262,12 @@ class SlowStore(SQLiteStore):
             assert self.goes_on.wait(PATIENCE_S)
         return super().load_state(user_id, model_version)
 
+    def changes(self, user_id: str, since: int = 0, most: int = MOST_EVENTS) -> Changes:
+        if user_id in self.slow and since:
+            self.is_read.set()
+            assert self.goes_on.wait(PATIENCE_S)
+        return super().changes(user_id, since, most)
+
 
 def test_a_user_whose_history_is_read_keeps_nobody_waiting(model: Recommender, tmp_path: Path) -> None:
     with SlowStore(tmp_path / "s") as store, ThreadPoolExecutor(2) as threads:
@@ -281,6 +287,33 @@ def test_a_user_whose_history_is_read_keeps_nobody_waiting(model: Recommender, t
             store.goes_on.set()
         assert_same(answer, replayed(model, store, Query((), 3, user_id="warm")))
         assert_same(cold.result(PATIENCE_S)[0], replayed(model, store, Query((), 3, user_id="cold")))
+
+
+@pytest.mark.parametrize("deletes", [False, True])
+def test_a_user_in_memory_whose_events_are_read_keeps_nobody_waiting(
+    model: Recommender, tmp_path: Path, deletes: bool
+) -> None:
+    """Nor is a state kept of a user who is deleted while they are read."""
+    with SlowStore(tmp_path / "s") as store, ThreadPoolExecutor(2) as threads:
+        for user in ("busy", "warm"):
+            record(store, user, history(model, 3), user)
+        states = StateCache(model, store)
+        states.recommend([Query((), 3, user_id="busy"), Query((), 3, user_id="warm")])
+        record(store, "busy", history(model, 1, 4), "late")
+        store.slow = {"busy"}
+        busy = threads.submit(states.recommend, [Query((), 3, user_id="busy")])
+        try:
+            assert store.is_read.wait(PATIENCE_S)
+            (warm,) = threads.submit(states.recommend, [Query((), 3, user_id="warm")]).result(PATIENCE_S)
+            assert not busy.done()
+            if deletes:
+                store.delete_user("busy")
+                states.forget("busy")
+        finally:
+            store.goes_on.set()
+        assert_same(warm, replayed(model, store, Query((), 3, user_id="warm")))
+        assert_same(busy.result(PATIENCE_S)[0], replayed(model, store, Query((), 3, user_id="busy")))
+        assert states.has("busy") is not deletes
 
 
 def test_users_without_events_push_no_state_out(model: Recommender, store: EventStore) -> None:

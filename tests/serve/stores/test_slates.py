@@ -154,6 +154,24 @@ def test_redis_prunes_long_lists_and_many_keys_in_small_steps(servers, tmp_path)
         assert not more
 
 
+def test_of_two_looks_at_the_last_deletion_the_later_one_counts() -> None:
+    """The first one asks the store, is overtaken by the second, and only then notes what it was told."""
+    told = iter([0, 1, 2])
+    deletions: list[int] = []
+
+    def last_deletion() -> int:
+        number = next(told, 2)
+        if number == 1:
+            waiting.look()
+        return number
+
+    waiting = DeferredWrites(lambda slates, states: deletions.extend(one.deletion for one in slates), last_deletion)
+    waiting.look()
+    waiting.add([SLATE])
+    waiting.close()
+    assert deletions == [2]
+
+
 def test_what_waits_for_a_broken_store_is_limited_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three slates of some 82,000 bytes; the oldest are dropped, and what is deleted makes room."""
 

@@ -301,6 +301,15 @@ def test_what_is_logged_while_users_are_merged_is_the_targets(store: EventStore)
     assert store.load_state("u", "m") is None
 
 
+def test_what_is_recommended_to_a_user_after_a_merge_is_logged(store: EventStore) -> None:  # noqa: F811
+    store.record([user_event("1")])
+    log_now(store, SLATE)
+    store.merge_users("u", "target")
+    log = SLATE._replace(recommendation_id="r2")
+    log_now(store, log)
+    assert (slates_of(store, "u"), store.dropped_count) == ([log], 0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_after_a_merge_the_newest_of_both_are_the_history(
     store: EventStore,  # noqa: F811
