@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 import scipy.sparse
 
 from jaxrec.data.histories import blocks, release, user_blocks
@@ -40,6 +41,7 @@ INITIAL_DEVIATION = 0.3
 DENSE_ITEMS = 2000  # up to here a full eigendecomposition takes a second
 OVERSAMPLE = 64  # dimensions beyond those asked for, in which the randomized factorization searches
 POWER_ITERATIONS = 12
+COLUMNS_AT_A_TIME = 16  # of a product: what it takes beside its operands is then small
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # item, other item and weight of pairs of events
 
@@ -71,9 +73,8 @@ def nothing(*arguments: object) -> None:
 
 ALONE = Together(0, 1, Path(), nothing)
 
-def neighbours(
-    data: PreparedData | TrainingShare, width: int = NEIGHBOURS, together: Together = ALONE
-) -> Neighbours:
+
+def neighbours(data: PreparedData | TrainingShare, width: int = NEIGHBOURS, together: Together = ALONE) -> Neighbours:
     """Counted in the training events of `data` alone.
 
     Args:
@@ -127,9 +128,7 @@ def _collect(found: Neighbours, bounds: Sequence[tuple[int, int]], together: Tog
                 table[rows[other]] = arrays[name]
 
 
-def initial_embedding(
-    neighbours: Neighbours, width: int, before_product: Callable[[], None] = nothing
-) -> np.ndarray:
+def initial_embedding(neighbours: Neighbours, width: int, before_product: Callable[[], None] = nothing) -> np.ndarray:
     """Item vectors whose products follow the co-occurrence, for the models to start from.
 
     The rank-`width` factorization of the symmetric log(1 + weight / median weight), as word vectors come from positive
@@ -162,16 +161,16 @@ def initial_embedding(
 
         def multiply(columns: np.ndarray) -> np.ndarray:
             before_product()
-            product = table @ columns
-            product += turned @ columns
-            product /= 2
-            return np.asarray(product)
+            product = np.empty(columns.shape, np.float32, order="F")
+            for start in range(0, columns.shape[1], COLUMNS_AT_A_TIME):
+                some = np.ascontiguousarray(columns[:, start : start + COLUMNS_AT_A_TIME])
+                product[:, start : start + COLUMNS_AT_A_TIME] = (table @ some + turned @ some) / 2
+            return product
 
         values, vectors = randomized_eigenpairs(multiply, size, rank)
     embedding[:, :rank] = vectors
     embedding[:, :rank] *= np.sqrt(np.maximum(values, 0.0))
-    paired = known.any(axis=1)
-    paired[table.indices] = True
+    paired = np.isin(np.arange(size), table.indices) | known.any(axis=1)
     embedding[~paired] = 0.0
     embedding *= np.float32(INITIAL_DEVIATION / max(float(embedding.std()), 1e-12))
     return embedding
@@ -201,18 +200,22 @@ def randomized_eigenpairs(
     Returns:
         Eigenvalues [rank], which rise, and vectors [size, rank]; float32.
     """
-    start = np.random.default_rng(0).standard_normal((size, min(size, rank + OVERSAMPLE)), np.float32)
-    basis = np.linalg.qr(multiply(start))[0]
-    del start
+    basis = np.random.default_rng(0).standard_normal((size, min(size, rank + OVERSAMPLE)), np.float32)
+    basis = _orthonormal(multiply(basis))
     for _ in range(POWER_ITERATIONS):
         product = multiply(basis)
         lowest = np.linalg.eigvalsh(basis.T @ product)[0]
         basis *= min(lowest, 0.0) / 2
         product -= basis
-        basis = np.linalg.qr(product)[0]
-        del product
+        basis = _orthonormal(product)
     values, vectors = np.linalg.eigh(basis.T @ multiply(basis))
     return values[-rank:], basis @ vectors[:, -rank:]
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """An orthonormal basis of the columns, in their memory where they follow each other in it."""
+    basis: np.ndarray = scipy.linalg.qr(columns, overwrite_a=True, mode="economic", check_finite=False)[0]
+    return basis
 
 
 def _row_blocks(popularity: np.ndarray) -> list[tuple[int, int]]:
