@@ -1,4 +1,4 @@
-"""What the first of several processes does alone: the others wait for any time, ask it to stop, and hear why it failed."""
+"""The first of several processes works alone: the others wait for any time, may ask it to stop, and hear its failure."""
 
 import signal
 
