@@ -1,4 +1,4 @@
-"""The first of several processes works alone: the others wait for any time, may ask it to stop, and hear its failure."""
+"""The first of several processes works alone: the others wait for any time, may stop it, and hear of its failure."""
 
 import signal
 
@@ -49,7 +49,8 @@ try:
         elif task == "stop":
             in_first(until_asked, lambda: index == 1)
         elif task == "fail":
-            for error in (DataError("a bad row"), TrainingError("a bad loss"), OSError(28, "No space left"), KeyError(7)):
+            errors = DataError("a bad row"), TrainingError("a bad loss"), OSError(28, "No space left"), KeyError(7)
+            for error in errors:
                 try:
                     in_first(fail_with(error))
                 except Exception as came:
