@@ -240,14 +240,15 @@ def test_a_shift_of_the_reranker_ranks_but_is_not_trained(
     unshifted = policy.start._replace(head={**policy.start.head, **none})
     assert np.abs(policy.logits(unshifted, features, allowed)[:, 0] - logits)[allowed[:, 0]].max() > 0.1
 
-    logged = last_events(small_data, np.ones(small_data.histories.user_count, bool), 1, 8)
+    logged = last_events(small_data.histories, small_data.split.train_counts, 1, 8)
     states, histories = policy_states(supervised, small_data, logged, np.ones(len(logged), bool))
-    penalty = logged_kl_penalty(policy, states, histories, weight=1.0, batch_size=4)
+    targets = np.asarray(small_data.histories.items[logged.rows])
+    anchor = real_events_anchor(policy, states, histories, targets, batch_size=4)
     moved = policy.start._replace(
         head={**policy.start.head, "item_bias": policy.start.head["item_bias"].at[9].add(2.0)}
     )
     of_logits = jax.grad(lambda params: policy.logits(params, features, allowed)[0, 0, 60])(moved).head
-    of_penalty = jax.grad(lambda params: penalty(params, jax.random.key(0)))(moved).head
+    of_penalty = jax.grad(lambda params: anchor(params, jax.random.key(0))[0])(moved).head
     for found in (of_logits, of_penalty):
         assert np.abs(found["item_bias"]).max() > 0
         assert not any(found[name].any() for name in OF_RERANKER)
