@@ -135,7 +135,7 @@ def test_later_stages_open_all_shards_as_one(alone: Run, two: Run) -> None:
 def test_two_processes_of_which_one_is_killed_resume_as_if_they_had_not_been(
     data: Path, two: Run, tmp_path: Path
 ) -> None:
-    saved = f"{LSTM_FOLDER}/checkpoints/[0-9][0-9]"
+    saved = f"{LSTM_FOLDER}/checkpoints/[0-9]"  # a whole one
     for killed_at in (NEIGHBOURS_PARTIAL_FOLDER, saved):  # in the counting, and in the epoch
         statuses, outputs = two_processes(data / "shards", tmp_path / "run", killed_at)
         assert statuses == [1, -signal.SIGKILL], outputs
