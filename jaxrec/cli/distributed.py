@@ -17,7 +17,8 @@ from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FOLDER
     "--shards",
     type=click.IntRange(1),
     required=True,
-    help="Number of shards, a multiple of the training processes is best.",
+    help="Number of shards. Each training process reads whole shards: a multiple of their number gives all of them as "
+    "many events.",
 )
 @click.option("--scheduler", help="Address of a Dask scheduler; without it, workers are started on this machine.")
 @click.option("--workers", type=click.IntRange(1), default=2, help="Number of worker processes on this machine.")

@@ -5,7 +5,6 @@ A part is prepared data with the whole catalogue: a shard of `jaxrec prepare-dis
 """
 
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from jaxrec.data.catalog import Catalog
-from jaxrec.data.histories import Histories, blocks, event_writers, expand_ranges, open_histories, release
+from jaxrec.data.histories import EVENT_TYPES, Histories, blocks, event_writers, expand_ranges, open_histories, release
 from jaxrec.data.ids import IdMap
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases, Split
+from jaxrec.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,9 @@ def joined(parts: Sequence[PreparedData]) -> PreparedData:
 
     Returns:
         The users of all parts in the order of their raw ids, with their events and cases.
+
+    Raises:
+        DataError: The temporary files cannot be written.
     """
     raw_ids = np.concatenate([part.users.raw_ids for part in parts])
     order = np.argsort(raw_ids, kind="stable")
@@ -124,13 +127,19 @@ def joined(parts: Sequence[PreparedData]) -> PreparedData:
     first_users = np.cumsum([0, *(len(part.users) for part in parts)])
     lengths = np.concatenate([part.histories.lengths() for part in parts])[order]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    folder = Path(tempfile.mkdtemp(prefix="jaxrec-"))
+    part_of = np.searchsorted(first_users, order, side="right") - 1
     try:
-        np.save(folder / "offsets.npy", offsets)
-        _write_events(parts, np.searchsorted(first_users, order, side="right") - 1, order, first_users, offsets, folder)
-        histories = open_histories(folder)
-    finally:
-        shutil.rmtree(folder)  # the files last as long as the memory maps, also where the process is killed
+        with tempfile.TemporaryDirectory(prefix="jaxrec-") as scratch:  # memory maps outlast it
+            folder = Path(scratch)
+            np.save(folder / "offsets.npy", offsets)
+            _write_events(parts, part_of, order, first_users, offsets, folder)
+            histories = open_histories(folder)
+    except OSError as error:
+        needed = offsets.nbytes + int(offsets[-1]) * sum(np.dtype(kind).itemsize for kind in EVENT_TYPES.values())
+        raise DataError(
+            f"{tempfile.gettempdir()}: cannot be written ({error.strerror or error}); gathering all events in one file "
+            f"needs {needed} bytes there; the variable TMPDIR names another folder"
+        ) from error
 
     def cases(of_parts: Sequence[Cases]) -> Cases:
         users, rows = [], []

@@ -51,6 +51,7 @@ MOVIES_FILE = "movies.csv"
 FEATURES_FILE = "features.csv"
 SHARDS_SCHEMA_VERSION = 2
 SHARDS_FILE = "shards.json"
+FIRST_SHARD = "shard-00000"
 SPLIT_COLUMNS = ("train_counts", "validation_users", "validation_rows", "test_users", "test_rows")
 
 
@@ -181,10 +182,10 @@ def read_prepared(path: Path | str) -> PreparedData:
 
     Raises:
         DataError: For a folder that is missing, foreign, of another version or cut. Only sizes are compared;
-            `check_prepared` compares contents.
+            `check_prepared` compares contents. Also where the temporary files cannot be written.
     """
     path = Path(path).resolve()
-    if not (path / SHARDS_FILE).is_file():
+    if not holds_shards(path):
         return _read_folder(path)
     return _opened(joined(open_shards(path)), path)
 
@@ -192,18 +193,31 @@ def read_prepared(path: Path | str) -> PreparedData:
 def open_shards(path: Path) -> list[PreparedData]:
     """Opens the shards that `prepare_distributed` wrote, each as memory maps; they share one catalogue.
 
-    Raises DataError where one is missing, damaged or not of this folder.
+    Raises DataError where shards.json or a shard is missing, damaged or not of this folder.
     """
-    index: dict[str, Any] = read_json(path / SHARDS_FILE, "expected a folder written by `jaxrec prepare-distributed`")
-    if index.get("schema_version") != SHARDS_SCHEMA_VERSION:
-        came = index.get("schema_version")
-        raise DataError(f"{path / SHARDS_FILE}: schema version {came}, expected {SHARDS_SCHEMA_VERSION}; prepare again")
+    file = path / SHARDS_FILE
+    index = read_json(file, "expected a folder written by `jaxrec prepare-distributed`")
+    came = index.get("schema_version") if isinstance(index, dict) else None
+    if came != SHARDS_SCHEMA_VERSION:
+        raise DataError(f"{file}: schema version {came}, expected {SHARDS_SCHEMA_VERSION}; prepare again")
+    try:
+        expected = [(str(shard["name"]), str(shard["sha256"])) for shard in index["shards"]]
+        counts = (int(index["users"]), int(index["events"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: damaged ({error!r}); expected users, events and shards; prepare again") from error
+    if not expected:
+        raise DataError(f"{file}: names no shard, expected at least one; prepare again")
     shards: list[PreparedData] = []
-    for shard in index["shards"]:
-        folder = path / shard["name"]
-        shards.append(_read_folder(folder, shards[0].catalog if shards else None))
-        if shards[-1].digest != shard["sha256"]:
-            raise DataError(f"{folder}: not the shard that {path / SHARDS_FILE} names; prepare again")
+    for name, digest in expected:
+        shards.append(_read_folder(path / name, shards[0].catalog if shards else None))
+        if shards[-1].digest != digest:
+            raise DataError(f"{path / name}: not the shard that {file} names; prepare again")
+    found = (sum(len(shard.users) for shard in shards), sum(shard.histories.event_count for shard in shards))
+    if found != counts:
+        of_all = "{} users and {} events".format
+        raise DataError(
+            f"{file}: its {len(shards)} shards hold {of_all(*found)}, expected {of_all(*counts)}; prepare again"
+        )
     return shards
 
 
@@ -214,15 +228,19 @@ def open_share(path: Path, index: int = 0, count: int = 1) -> TrainingShare:
     """
     if not 0 <= index < count:
         raise ValueError(f"index must be in 0..{count - 1}, not {index}")
-    if (path / SHARDS_FILE).is_file():
+    if holds_shards(path):
         return share_of_shards(open_shards(path), index, count)
     return share_of(_read_folder(path.resolve()), index, count)
 
 
+def holds_shards(folder: Path) -> bool:
+    """Whether `jaxrec prepare-distributed` wrote the folder, also where its shards.json is lost."""
+    return (folder / SHARDS_FILE).is_file() or (folder / FIRST_SHARD).is_dir()
+
+
 def summary_file(folder: Path) -> Path:
     """The file of prepared data, or of shards, that is another one whenever anything of the data is."""
-    shards = folder / SHARDS_FILE
-    return shards if shards.is_file() else folder / SUMMARY_FILE
+    return folder / (SHARDS_FILE if holds_shards(folder) else SUMMARY_FILE)
 
 
 def _opened(data: PreparedData, path: Path) -> PreparedData:
@@ -297,7 +315,7 @@ def check_prepared(path: Path) -> int:
     Raises:
         DataError: Naming the file that is missing or differs.
     """
-    if (path / SHARDS_FILE).is_file():
+    if holds_shards(path):
         return sum(check_prepared(shard.folder) for shard in open_shards(path) if shard.folder is not None)
     total = 0
     for name, expected in _read_summary(path)["files"].items():

@@ -50,7 +50,7 @@ from flax import nnx
 from jaxrec.config import ModelConfig, TrainConfig, from_json
 from jaxrec.data.content import item_content
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.store import read_prepared, summary_file
+from jaxrec.data.store import holds_shards, read_prepared, summary_file
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.errors import DataError
 from jaxrec.files import read_json, sha256
@@ -151,9 +151,10 @@ class Run:
         if not summary.is_file():
             raise DataError(f"{summary} is not there; {self.folder} was trained on that data: put it back")
         if sha256(summary) != self.data_digest:
+            extend = f"`jaxrec train --out {self.folder} --resume --data {self.data_folder}`"
+            appended = "" if holds_shards(self.data_folder) else f", or go on with what was appended: {extend}"
             raise DataError(
-                f"{self.data_folder} was prepared anew since {self.folder} was trained on it; train again, or go on "
-                f"with what was appended: `jaxrec train --out {self.folder} --resume --data {self.data_folder}`"
+                f"{self.data_folder} was prepared anew since {self.folder} was trained on it; train again{appended}"
             )
 
     def recommend(self, histories: pd.DataFrame | Sequence[int] | Sequence[str], k: int = 10) -> pd.DataFrame:

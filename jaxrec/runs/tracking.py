@@ -30,6 +30,7 @@ from jaxrec.files import read_json, write_text
 from jaxrec.runs.directory import MLFLOW_FILE, RUN_FILE, Run
 from jaxrec.training.log import Track
 from jaxrec.training.processes import in_first
+from jaxrec.training.stopping import StopRequested
 
 EXPERIMENT = "jaxrec"
 MODEL_PATH, DATA_NAME = "model", "model_directory"
@@ -218,7 +219,7 @@ def connect(uri: str | None) -> Tracker | None:
     """
     found: list[Tracker] = []
     if uri is not None:
-        in_first(lambda: found.append(Tracker(uri)))
+        in_first(lambda asked: found.append(Tracker(uri)))
     return found[0] if found else None
 
 
@@ -228,7 +229,7 @@ def begin(uri: str | None, tracker: Tracker | None, run: Run) -> None:
     Raises as `connect`.
     """
 
-    def in_mlflow() -> None:
+    def in_mlflow(asked: StopRequested) -> None:
         if tracker is not None:
             tracker.begin(run)
 

@@ -68,9 +68,11 @@ from jaxrec.training.seen import found_repeats
 from jaxrec.training.sharding import building_device, data_mesh
 from jaxrec.training.stopping import StopRequested, never
 
+STOPPED_BEFORE_MODELS = "stopped: the co-occurrence is not counted yet, no model is trained"
 STOPPED_BEFORE_MIX = "stopped: both models are trained and saved, their mix is not tuned yet"
 
 
+@noticing_loss()
 def train(
     data: PreparedData | pd.DataFrame | Path | str | None,
     out: Path | str | None = None,
@@ -110,7 +112,7 @@ def train(
         TrackingError: MLflow does not answer before training begins; if it fails later, training goes on.
         TrainingError: A loss is not finite. What was saved before stays, and no later file of the run is written.
         TrainingStopped: `stop()` became true; `resume` continues with the same result. Models are saved at any step;
-            the content heads and the mix, which take seconds to minutes, start again.
+            the co-occurrence before them, and the content heads and the mix after them, start again.
         ProcessLost: One of several processes is gone.
     """
     if out is None:
@@ -146,7 +148,7 @@ def train(
         _write_run(run)
     if is_first() and not (resume and (out / HYBRID_FILE).exists()):  # a run with a mix is finished: its weights stay
         (out / EVALUATION_FILE).unlink(missing_ok=True)
-    with noticing_loss(), tracked(tracker) as track:
+    with tracked(tracker) as track:
         _train_models(run, share, mesh, checkpoint_config, item_shards, stop, track)
     return run
 
@@ -183,12 +185,14 @@ def _data_folder(data: PreparedData | pd.DataFrame | Path | str, out: Path) -> P
     if isinstance(data, PreparedData) and (own := unchanged_folder(data)) is not None:
         return own
     folder = out / DATA_FOLDER
-    if is_first():
+
+    def write(asked: StopRequested) -> None:
         if isinstance(data, PreparedData):
             write_prepared(data, folder)
         else:
             prepare(data, out=folder)
-    wait_for_all("the prepared data is written")
+
+    in_first(write)
     return folder
 
 
@@ -212,7 +216,7 @@ def _train_models(
     """Trains what is left of both models in all processes; the first one then makes the content heads and the mix."""
     out = run.folder
     with building_device(item_shards):
-        cooccurrence, start = _run_cooccurrence(run, share)
+        cooccurrence, start = _run_cooccurrence(run, share, stop)
         lstm, content_model = new_models(share.parts[0], run.model_config, run.train_config.seed, start)
         common = (mesh, checkpoint_config, run.data_version, stop, track)
         trained_lstm = train_model(lstm, share, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM", *common)
@@ -221,7 +225,8 @@ def _train_models(
         )
         if any_process(stop())[0]:
             raise TrainingStopped(STOPPED_BEFORE_MIX)
-        in_first(lambda: _finish(run, trained_lstm, trained_content, CoOccurrence(cooccurrence), stop))
+        trained = (trained_lstm, trained_content, CoOccurrence(cooccurrence))
+        in_first(lambda asked: _finish(run, *trained, asked), stop)
 
 
 def _finish(
@@ -260,12 +265,14 @@ def _finish(
     plot_training(epochs, run.folder / PLOT_FILE)
 
 
+@noticing_loss()
 def extend_run(out: Path, data_folder: Path, changes: Mapping[str, Any] = {}) -> None:
     """Moves a run to data that extends its own (from `jaxrec append`); it is trained there when it is resumed.
 
     `changes`: fields of TrainConfig and their new values. What depends on the old data (mix, policies, evaluation) is
     removed. Nothing happens where the run is on this data already.
-    Raises DataError where the catalogue does not begin with that of the run, or there is nothing to train on.
+    Raises DataError where the catalogue does not begin with that of the run, or there is nothing to train on;
+    ProcessLost where another process is gone.
     """
     run = open_run(out)
     summary = summary_file(data_folder)
@@ -330,28 +337,38 @@ def _write_run(run: Run) -> None:
     wait_for_all("run.json is written")
 
 
-def _run_cooccurrence(run: Run, share: TrainingShare) -> tuple[Neighbours, np.ndarray | None]:
+def _run_cooccurrence(run: Run, share: TrainingShare, stop: StopRequested) -> tuple[Neighbours, np.ndarray | None]:
     """The neighbours that the run keeps, and what its item vectors start from (None: at random). Where it has none yet
     all processes count them, and the first writes them, so that all have the same."""
-    path = run.folder / NEIGHBOURS_FILE
+    path, partial = run.folder / NEIGHBOURS_FILE, run.folder / NEIGHBOURS_PARTIAL_FOLDER
     missing = not path.is_file()
     wait_for_all("every process has seen whether the neighbours are to be counted")
-    if missing:
-        partial = run.folder / NEIGHBOURS_PARTIAL_FOLDER
-        if is_first():
-            shutil.rmtree(partial, ignore_errors=True)  # of a count that was interrupted
-            partial.mkdir()
-        wait_for_all("the folder of the partial counts is empty")
-        together = Together(jax.process_index(), jax.process_count(), partial, wait_for_all)
-        counted = neighbours(share, together=together)
-        if is_first():
-            # Vectors that start from other counts would not fit what is trained already.
-            known = run.data_version > 0
-            start = np.zeros((0, 0)) if known else initial_embedding(counted, run.model_config.embedding)
-            with new_file(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, **counted._asdict(), start=start)
-            shutil.rmtree(partial)
-    wait_for_all("the neighbours are written")
+    if not missing:
+        return read_cooccurrence(run)
+
+    def empty_folder(asked: StopRequested) -> None:
+        shutil.rmtree(partial, ignore_errors=True)  # of a count that was interrupted
+        partial.mkdir()
+
+    def wait(point: str) -> None:
+        if any_process(stop())[0]:
+            raise TrainingStopped(STOPPED_BEFORE_MODELS)
+
+    def write(asked: StopRequested) -> None:
+        def before_product() -> None:
+            if asked():
+                raise TrainingStopped(STOPPED_BEFORE_MODELS)
+
+        # Vectors that start from other counts would not fit what is trained already.
+        known, width = run.data_version > 0, run.model_config.embedding
+        start = np.zeros((0, 0)) if known else initial_embedding(counted, width, before_product)
+        with new_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **counted._asdict(), start=start)
+        shutil.rmtree(partial)
+
+    in_first(empty_folder)
+    counted = neighbours(share, together=Together(jax.process_index(), jax.process_count(), partial, wait))
+    in_first(write, stop)
     return read_cooccurrence(run)
 
 

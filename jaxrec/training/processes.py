@@ -8,6 +8,7 @@ that all of them see.
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -15,10 +16,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrec.errors import ProcessLost, TrainingError, TrainingStopped
+from jaxrec.errors import DataError, ProcessLost, TrainingError, TrainingStopped
+from jaxrec.training.stopping import StopRequested, never
 
 HEARTBEAT_SECONDS = 20  # a process that was silent for so long counts as dead
 MOST_REASON = 1000  # bytes of why the first process failed that the others hear of
+MEETING_SECONDS = 1  # between two questions of the others how the first process stands
+HEARD_AS_SUCH = (DataError, TrainingStopped)  # errors of the first process that the others raise as the same type
 
 
 def join(coordinator: str, process_count: int, process_index: int) -> None:
@@ -72,25 +76,70 @@ def wait_for_all(point: str) -> None:
         multihost_utils.sync_global_devices(point)
 
 
-def in_first(work: Callable[[], None]) -> None:
+def in_first(work: Callable[[StopRequested], None], stop: StopRequested = never) -> None:
     """Does `work` in the first process, while the others wait for its end. All processes have to call this.
 
-    Raises, in every process, the TrainingStopped or TrainingError that `work` raised; in the others with the first
-    MOST_REASON bytes of its text.
+    The others wait in many short collectives, since a long one would time out.
+
+    Args:
+        work: It must not involve other processes. It is handed a function that tells whether any process is asked to
+            stop, or is lost.
+        stop: Whether this process is asked to stop.
+
+    Raises:
+        Exception: In the first process, what `work` raised. In the others the DataError or TrainingStopped of the
+            first, or a TrainingError for any other exception, with the first MOST_REASON bytes of its text.
     """
-    failure: TrainingStopped | TrainingError | None = None
+    if jax.process_count() == 1:
+        return work(stop)
+    failure: BaseException | None = None
     if is_first():
-        try:
-            work()
-        except (TrainingStopped, TrainingError) as error:
-            failure = error
-    ends = of_first({"stopped": isinstance(failure, TrainingStopped), "failed": isinstance(failure, TrainingError)})
+        with _meeting_others(stop) as asked:
+            try:
+                work(asked)
+            except BaseException as error:  # also Ctrl-C: the others hear of it
+                failure = error
+    else:
+        while not any_process(stop(), False)[1]:
+            pass
+    ends = of_first({kind.__name__: isinstance(failure, kind) for kind in (*HEARD_AS_SUCH, BaseException)})
     if not any(ends.values()):
-        return
-    reason = _text_of_first(str(failure))
+        return None
+    known = isinstance(failure, (*HEARD_AS_SUCH, TrainingError))
+    reason = _text_of_first(str(failure) if known else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
-    raise (TrainingStopped if ends["stopped"] else TrainingError)(f"{reason} (in the first process)")
+    kind = next((kind for kind in HEARD_AS_SUCH if ends[kind.__name__]), TrainingError)
+    raise kind(f"{reason} (in the first process)")
+
+
+@contextlib.contextmanager
+def _meeting_others(stop: StopRequested) -> Iterator[StopRequested]:
+    """Meets the others of `in_first` in one collective after another, in a thread, until the block ends.
+
+    Yields what tells whether any process is asked to stop, or is lost. Raises, at the end, the error of a collective.
+    """
+    ended, others_asked, lost = threading.Event(), threading.Event(), list[Exception]()
+
+    def meet() -> None:
+        try:
+            while not ended.wait(MEETING_SECONDS):
+                if any_process(False, False)[0]:
+                    others_asked.set()
+            any_process(False, True)
+        except Exception as error:
+            lost.append(error)
+            others_asked.set()
+
+    thread = threading.Thread(target=meet, name="meeting the other processes", daemon=True)
+    thread.start()
+    try:
+        yield lambda: stop() or others_asked.is_set()
+    finally:
+        ended.set()
+        thread.join()
+    if lost:
+        raise lost[0]
 
 
 def _text_of_first(text: str) -> str:
@@ -107,8 +156,10 @@ def noticing_loss() -> Iterator[None]:
     """Turns the error of a collective or a barrier whose other side is gone into ProcessLost."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, TimeoutError) as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, TimeoutError, ValueError) as error:
+        # Gloo's errors have no type of their own: outside of a compiled program they are ValueError.
+        of_collective = not isinstance(error, ValueError) or "Gloo" in str(error)
+        if jax.process_count() == 1 or not of_collective:
             raise
         raise ProcessLost(str(error).splitlines()[0]) from error
 

@@ -29,10 +29,13 @@ DATA_AXIS, ITEM_AXIS = "data", "items"
 def data_mesh(devices: list[jax.Device] | None = None, item_shards: int = 1) -> Mesh:
     """All devices (or the given ones) as a mesh [data, items]; a single device is a mesh of one.
 
+    They are in the order of their processes, and of their ids within one, whatever order they are given in: a row of
+    the mesh has devices of one process, and the rows of a process follow each other.
+
     Raises DataError where the devices of a process cannot be divided into groups of `item_shards`: a group shares
     one copy of the tables, and stays within a process.
     """
-    devices = list(devices or jax.devices())
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     of_one = len(devices) // len({device.process_index for device in devices})
     if of_one % item_shards:
         raise DataError(f"the items cannot be split over {item_shards} devices where a process has {of_one}")

@@ -133,7 +133,7 @@ def test_initial_vectors_point_where_items_occur_together(dense: bool, monkeypat
     products = embedding @ embedding.T
     within = min(products[np.ix_(group, group)].min() for group in (first, second))
     assert within > products[np.ix_(first, second)].max()
-    np.testing.assert_allclose(embedding[[0, place["y"], place["z"]]], 0.0, atol=1e-6)
+    assert not embedding[[0, place["y"], place["z"]]].any()
 
 
 @pytest.mark.parametrize("items", [300, 1500])
@@ -143,7 +143,8 @@ def test_the_randomized_factorization_is_the_exact_one(items: int) -> None:
     groups = rng.integers(0, 40, items)
     together = (groups[:, None] == groups) * rng.random((items, items)) + 0.2 * (rng.random((items, items)) < 0.05)
     matrix = np.triu(together, 1) + np.triu(together, 1).T
-    values, vectors = randomized_eigenpairs(scipy.sparse.csr_array(matrix), 64)
+    sparse = scipy.sparse.csr_array(matrix.astype(np.float32))
+    values, vectors = randomized_eigenpairs(lambda columns: sparse @ columns, items, 64)
     exact, exact_vectors = np.linalg.eigh(matrix)
     np.testing.assert_allclose(values, exact[-64:], rtol=0.05)
     np.testing.assert_allclose(values[-40:], exact[-40:], rtol=1e-3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 from pathlib import Path
 
 import jax
@@ -11,8 +12,18 @@ import pytest
 from flax import nnx
 
 import jaxrec
+from jaxrec.errors import TrainingStopped
 from jaxrec.runs import directory
-from jaxrec.runs.directory import EVALUATION_FILE, POLICY_FILES, Run, new_models
+from jaxrec.runs.directory import (
+    EVALUATION_FILE,
+    LSTM_FOLDER,
+    NEIGHBOURS_FILE,
+    NEIGHBOURS_PARTIAL_FOLDER,
+    POLICY_FILES,
+    RUN_FILE,
+    Run,
+    new_models,
+)
 from jaxrec.runs.train import _data_folder, extend_run
 from tests.synthetic import markov_log
 
@@ -67,6 +78,27 @@ def test_a_file_is_prepared_and_a_failed_training_leaves_no_folder(
     with pytest.raises(jaxrec.DataError, match="no event is left of 3"):
         jaxrec.train(tmp_path / "ratings.csv")
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_stop_while_co_occurrence_is_counted_or_factorized_ends_the_command(
+    log: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxrec.models.neighbours.DENSE_ITEMS", 0)
+    data, out = jaxrec.prepare(log, None, EVERYTHING, out=tmp_path / "data"), tmp_path / "run"
+    for end in (
+        1,
+        5,
+    ):  # the question that is answered by yes: after the pass over the events, before a product
+        asked = itertools.count(1)
+        resume = (out / RUN_FILE).is_file()
+        with pytest.raises(TrainingStopped, match="the co-occurrence is not counted yet, no model is trained"):
+            jaxrec.train(
+                data, out, MODEL, TRAINING, resume=resume, stop=lambda asked=asked, end=end: next(asked) == end
+            )
+        assert {path.name for path in out.iterdir()} == {RUN_FILE, NEIGHBOURS_PARTIAL_FOLDER}
+    with pytest.raises(TrainingStopped, match="stopped and saved after step 0 "):
+        jaxrec.train(data, out, MODEL, TRAINING, resume=True, stop=(out / NEIGHBOURS_FILE).is_file)
+    assert {path.name for path in out.iterdir()} == {RUN_FILE, NEIGHBOURS_FILE, LSTM_FOLDER}
 
 
 def test_an_evaluation_is_a_table_and_a_frame_and_stays_when_a_finished_run_is_resumed(run: Run) -> None:

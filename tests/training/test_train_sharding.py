@@ -148,6 +148,10 @@ def test_every_table_with_a_row_per_item_is_known_as_one() -> None:
         assert {path for path, variable in fewer.items() if has_rows_of(variable, kind)} == changed
 
 
+def test_a_mesh_has_the_devices_in_one_order() -> None:
+    assert data_mesh(jax.devices()[::-1]) == data_mesh()
+
+
 def test_shards_have_to_fit_the_devices() -> None:
     count = len(jax.devices())
     with pytest.raises(DataError, match=f"cannot be split over {count + 1} devices where a process has {count}"):
@@ -159,11 +163,14 @@ import os, signal, sys
 from pathlib import Path
 import jax, numpy as np
 from jaxrec.training.processes import ProcessLost, is_first, join, leave, leave_at_once
+from jaxrec.training.sharding import data_mesh
 from tests.training.test_train_sharding import train, variables
 
 folder, port, index, killed = Path(sys.argv[1]), *map(int, sys.argv[2:])
 join(f"127.0.0.1:{port}", 2, index)
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
+mixed = data_mesh(jax.devices()[::2] + jax.devices()[1::2], item_shards=2)
+assert [[device.process_index for device in row] for row in mixed.devices] == [[0, 0], [1, 1]]
 asked = iter(range(100))
 
 def kill_in_the_last_epoch():

@@ -13,7 +13,17 @@ from jaxrec.config import CheckpointConfig, ModelConfig, PrepareConfig, RatingSc
 from jaxrec.data.distributed.prepare import cluster, prepare_distributed
 from jaxrec.data.schema import GENRES, ITEM, TITLE
 from jaxrec.errors import DataError
-from jaxrec.runs.directory import HYBRID_FILE, LSTM_FOLDER, NEIGHBOURS_FILE, Run, open_run
+from jaxrec.rl.config import LoggedConfig
+from jaxrec.runs.directory import (
+    HYBRID_FILE,
+    LSTM_FOLDER,
+    NEIGHBOURS_FILE,
+    NEIGHBOURS_PARTIAL_FOLDER,
+    RERANKER_FILE,
+    Run,
+    open_run,
+)
+from jaxrec.runs.rl_logged import run_logged
 from jaxrec.runs.train import train
 from jaxrec.training.log import read_steps
 from jaxrec.training.loop import load_trained
@@ -24,13 +34,13 @@ from tests.synthetic import markov_log
 from tests.training.test_train_sharding import DEADLINE_SECONDS, start_python, variables
 
 MODEL = ModelConfig(embedding=8, hidden=8, rating_width=2, time_width=2, max_length=8)
-TRAINING = TrainConfig(max_epochs=2, patience=9, batch_tokens=64)
+TRAINING = TrainConfig(max_epochs=1, batch_tokens=64)
 ITEMS = 30
 
 
 def make_data(folder: Path) -> None:
     """The same log, prepared on one machine (`one`) and by two workers (`shards`)."""
-    log = markov_log(users=150, items=ITEMS, events=12, stay=0.9, seed=0)
+    log = markov_log(users=120, items=ITEMS, events=12, stay=0.9, seed=0)
     genres = np.where(np.arange(1, ITEMS + 1) % 2, "A", "B")
     movies = pd.DataFrame({ITEM: np.arange(1, ITEMS + 1), TITLE: genres, GENRES: genres})
     config = PrepareConfig(1, 1, rating_scale=RatingScale(0.5, 5) if "rating" in log else None)
@@ -64,12 +74,11 @@ from jaxrec.errors import ProcessLost
 from jaxrec.training.processes import join, leave, leave_at_once
 from tests.training.test_train_shards import train_on
 
-data, folder, port, index, killed = *map(Path, sys.argv[1:3]), *map(int, sys.argv[3:])
+data, folder, port, index, killed_at = *map(Path, sys.argv[1:3]), *map(int, sys.argv[3:5]), sys.argv[5]
 join(f"127.0.0.1:{port}", 2, index)
-asked = iter(range(1000))
 
 def kill():
-    if next(asked) == killed:
+    if index and killed_at and any(folder.glob(killed_at)):
         os.kill(os.getpid(), signal.SIGKILL)
     return False
 
@@ -82,10 +91,11 @@ leave()
 """
 
 
-def two_processes(data: Path, folder: Path, killed: int = -1) -> tuple[list[int], list[str]]:
-    """Exit statuses and outputs; the second process is killed at question `killed` whether to stop."""
+def two_processes(data: Path, folder: Path, killed_at: str = "") -> tuple[list[int], list[str]]:
+    """Exit statuses and outputs; the second process is killed when it is asked whether to stop and the run has files of
+    this pattern."""
     with reserved_port() as port:
-        processes = [start_python(ONE_OF_TWO, 1, data, folder, port, i, killed if i else -1) for i in (0, 1)]
+        processes = [start_python(ONE_OF_TWO, 1, data, folder, port, index, killed_at) for index in (0, 1)]
         outputs = [process.communicate(timeout=DEADLINE_SECONDS)[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
@@ -125,10 +135,12 @@ def test_later_stages_open_all_shards_as_one(alone: Run, two: Run) -> None:
 def test_two_processes_of_which_one_is_killed_resume_as_if_they_had_not_been(
     data: Path, two: Run, tmp_path: Path
 ) -> None:
-    # The questions: before the first step, after 10 steps, after 20 steps. The second one saves.
-    statuses, outputs = two_processes(data / "shards", tmp_path / "run", killed=2)
-    assert statuses == [1, -signal.SIGKILL], outputs
-    assert any(path.name.isdigit() for path in (tmp_path / "run" / LSTM_FOLDER / "checkpoints").iterdir())
+    saved = f"{LSTM_FOLDER}/checkpoints/[0-9]"  # a whole one
+    for killed_at in (NEIGHBOURS_PARTIAL_FOLDER, saved):  # in the counting, and in the epoch
+        statuses, outputs = two_processes(data / "shards", tmp_path / "run", killed_at)
+        assert statuses == [1, -signal.SIGKILL], outputs
+        assert "the other process is gone: " in outputs[0]
+        assert (tmp_path / "run" / NEIGHBOURS_FILE).is_file() == (killed_at == saved)
     statuses, outputs = two_processes(data / "shards", tmp_path / "run")
     assert statuses == [0, 0], outputs
     resumed = open_run(tmp_path / "run")
@@ -142,6 +154,13 @@ def test_two_processes_of_which_one_is_killed_resume_as_if_they_had_not_been(
 def _trained(run: Run) -> list[np.ndarray]:
     lstm = jaxrec.runs.directory.new_models(run.read_data(), MODEL, 0)[0]
     return variables(load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model)
+
+
+def test_a_reranker_is_learned_from_a_run_on_shards(two: Run) -> None:
+    few = LoggedConfig(folds=2, fold_epochs=1, decisions=100, updates=5, samples=2)
+    assert run_logged(two, few).reason
+    assert (two.folder / RERANKER_FILE).is_file()
+    assert "stacked" in jaxrec.evaluate(two).to_frame()["name"].tolist()
 
 
 def test_shards_cannot_be_appended_to(data: Path, tmp_path: Path) -> None:

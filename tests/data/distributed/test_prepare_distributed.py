@@ -1,6 +1,7 @@
 """The preparation on a local cluster of two processes equals that of one machine, also when a worker is killed."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from jaxrec.data.distributed.prepare import cluster, prepare_distributed
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
-from jaxrec.data.store import check_prepared, open_shards, open_share, read_prepared
+from jaxrec.data.store import check_prepared, open_shards, open_share, read_prepared, summary_file
 from jaxrec.errors import DataError
 
 PIECE = 250
@@ -263,6 +264,29 @@ def test_shards_that_do_not_belong_together_are_refused(client: Client, tmp_path
     shutil.copytree(other / "shard-00001", out / "shard-00001")
     with pytest.raises(DataError, match=r"not the shard that .*shards.json names; prepare again"):
         read_prepared(out)
+
+
+def test_a_damaged_list_of_shards_is_refused(client: Client, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    index = prepare_distributed(client, _write(_log(), tmp_path / "log"), out, 2, None, CONFIG, PIECE)
+    events = [shard["events"] for shard in index["shards"]]
+    counts = f"{index['users']} users and {index['events']} events"
+    for damage, message in (
+        ([], "schema version None"),
+        ({**index, "shards": [{"name": "shard-00000"}]}, "damaged"),
+        ({**index, "shards": None}, "damaged"),
+        ({**index, "events": "many"}, "damaged"),
+        ({**index, "shards": []}, "names no shard"),
+        ({**index, "shards": index["shards"][:1]}, f"its 1 shards hold .* and {events[0]} events, expected {counts}"),
+    ):
+        (out / "shards.json").write_text(json.dumps(damage))
+        with pytest.raises(DataError, match=rf"shards.json: {message}"):
+            read_prepared(out)
+    (out / "shards.json").unlink()
+    assert summary_file(out) == out / "shards.json"
+    for opening in (read_prepared, open_share, check_prepared):
+        with pytest.raises(DataError, match=r"shards.json: cannot be read .*prepare-distributed"):
+            opening(out)
 
 
 @pytest.mark.parametrize(
