@@ -36,10 +36,12 @@ from tests.serve.stores.databases import postgres_server, redis_server
 
 ITEMS, SECONDS, CHANGED = 1_000_000, 20, 1_000
 STORES = ("SQLite", "Redis", "PostgreSQL")
-NEEDED = ("SQLite", "Redis")
+NEEDED = ("SQLite", "PostgreSQL")
 NEIGHBOURS = 4
 START_S = 900.0
 GOAL_S = 2.0
+SEEN_WITHIN_S = 60.0
+"""A change that is not there then is a failure."""
 
 
 @click.command(context_settings={"show_default": True})
@@ -116,9 +118,16 @@ def measure(model: Path, name: str, seconds: int, folder: Path) -> dict[str, np.
 def delays(one: RecommenderClient, other: RecommenderClient, seconds: int) -> dict[str, np.ndarray]:
     """As `measure`, of two servers that are ready."""
     acknowledged: list[float] = []
+    failures: list[Exception] = []
     end = time.monotonic() + seconds
 
     def change() -> None:
+        try:
+            change_on()
+        except Exception as error:
+            failures.append(error)
+
+    def change_on() -> None:
         while time.monotonic() < end:
             number = len(acknowledged)
             one.upsert_items([Item(item_id=str(1 + number % CHANGED), title=f"Change {number}", tags=["Genre 1"])])
@@ -135,15 +144,19 @@ def delays(one: RecommenderClient, other: RecommenderClient, seconds: int) -> di
     writer = threading.Thread(target=change)
     writer.start()
     found = []
-    while time.monotonic() < end:
+    while time.monotonic() < end and not failures:
         if not acknowledged:
             time.sleep(0.01)
             continue
         number = len(acknowledged) - 1
+        late = acknowledged[number] + SEEN_WITHIN_S
         while shown(number) < number:
-            pass
+            if time.monotonic() > late:
+                raise TimeoutError(f"change {number} is not on the other server after {SEEN_WITHIN_S:g} s")
         found.append(time.monotonic() - acknowledged[number])
     writer.join()
+    if failures:
+        raise failures[0]
     return {"delays": np.array(found), "changes": np.array(len(acknowledged))}
 
 

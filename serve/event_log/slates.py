@@ -1,4 +1,4 @@
-"""The slates that a store logged, as arrays: which arm showed them to whom, and what came of them."""
+"""The slates that a store logged, as arrays: which arm showed them to whom, and the responses to them."""
 
 import heapq
 import time

@@ -144,13 +144,13 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_candidates")
-def test_an_item_that_only_a_rule_made_a_candidate_is_held(model: Recommender, kind: str, store: EventStore) -> None:
-    """It cannot be above the model's own candidates: its place holds it, whatever policy the model has."""
+def test_an_item_that_only_a_rule_made_a_candidate_has_parts(model: Recommender, kind: str, store: EventStore) -> None:
     history = [Event(model.own_catalog.item_ids[item], 4.0, START + item * DAY) for item in (4, 17, 29)]
     query = Query(history, ITEMS + 20, explain=True, live=model.live, allow_seen=True)
     (whole,) = model.recommend([query])
-    rules = Rules(tuple(Boost(Subject(item=item), 3.0) for item in whole.items.tolist()[::5]))
+    rules = Rules(tuple(Boost(Subject(item=item), 100.0) for item in whole.items.tolist()[::5]))
     found = LoadedModel(model, store, Metrics()).recommend(query._replace(k=2, rules=rules))
+    assert set(found.items.tolist()) & set(found.origins)
     check(model, kind, found, query._replace(rules=rules))
 
 
@@ -171,6 +171,8 @@ def test_parts_are_of_the_ranking_that_an_item_came_from(model: Recommender, kin
     answer = replace(first, items=candidates.items, scores=candidates.scores, origins=origins.found)
     explanations = model.explain(query, replace(answer, explanations=()))
     assert all(answer.origins[item].basis is second.basis for item in second.items.tolist())
+    if kind != "no trend":
+        assert any(one.held < 0 for one in answer.origins.values())
     of_second = {item: at for at, item in enumerate(second.items.tolist())}
     for item, score, explanation in zip(answer.items.tolist(), answer.scores.tolist(), explanations, strict=True):
         parts = explanation.parts
