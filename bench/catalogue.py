@@ -31,14 +31,15 @@ from jaxrec.models.neighbours import Neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.onnx.model_directory import export_model
 from serve.client import Connection, Event, Item, ItemFilter, RecommenderClient
-from tests.serve.process import running_server
+from tests.serve.process import StartError, running_server
 from tests.serve.stores.databases import postgres_server, redis_server
 
 ITEMS, SECONDS, CHANGED = 1_000_000, 20, 1_000
 STORES = ("SQLite", "Redis", "PostgreSQL")
 NEEDED = ("SQLite", "PostgreSQL")
 NEIGHBOURS = 4
-START_S = 900.0
+START_S = 60.0
+"""A store whose server is not ready then is not measured."""
 GOAL_S = 2.0
 SEEN_WITHIN_S = 60.0
 """A change that is not there then is a failure."""
@@ -54,7 +55,7 @@ def main(work: Path, items: int, seconds: int, stores: tuple[str, ...], publish:
     """Measures what is not there yet, then writes the table."""
     needed = less(items=(items, ITEMS), seconds=(seconds, SECONDS), stores=(stores, NEEDED))
     page = Page("catalogue", "Changes of the catalogue", publish, work, needed)
-    folder, done = work / f"{items}", []
+    folder, done = work / f"{items}", dict[str, Path]()
     folder.mkdir(parents=True, exist_ok=True)
     begun = begin(folder / "begun.json", folder / "model")
     if not (folder / "model").is_dir():
@@ -62,18 +63,24 @@ def main(work: Path, items: int, seconds: int, stores: tuple[str, ...], publish:
     for name in stores:
         path = folder / f"{name}-{seconds}.npz"
         if not path.is_file():
-            write_arrays(path, measure(folder / "model", name, seconds, folder))
-        done.append(path)
+            try:
+                write_arrays(path, measure(folder / "model", name, seconds, folder))
+            except StartError:
+                continue
+        done[name] = path
     what = (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ")
     lines = [f"{what}\n", f"{items:,} items; the goal is {GOAL_S:g} s.\n"]
     lines += ["| store | changes in that time | delays | median s | 95 % s | worst s |", "|---|---|---|---|---|---|"]
-    for name, path in zip(stores, done, strict=True):
-        found = np.load(path)
+    for name in stores:
+        if name not in done:
+            lines.append(f"| {name} | not measured: a server was not ready within {START_S:g} s | | | | |")
+            continue
+        found = np.load(done[name])
         delays = found["delays"]
         figures = (np.median(delays), np.quantile(delays, 0.95), delays.max())
         cells = [name, f"{int(found['changes']):,}", f"{len(delays)}", *(f"{one:.2f}" for one in figures)]
         lines.append("| " + " | ".join(cells) + " |")
-    page.write(lines, [begun, *done])
+    page.write(lines, [begun, *done.values()])
 
 
 def make_model(items: int, out: Path) -> None:

@@ -123,7 +123,7 @@ class LiveCatalog:
     """By item index, what of an answer does not depend on the query, encoded once: see `serve.api.codec`."""
     id_messages: dict[int, bytes] = field(default_factory=dict)
     """The same of answers without titles and tags."""
-    allow_lists: "NewestFilters" = field(default_factory=lambda: NewestFilters())
+    allow_lists: NewestFilters = field(default_factory=NewestFilters)
     """Filters with allow-lists that requests had, by their messages: see `serve.api.filters`."""
 
     @classmethod

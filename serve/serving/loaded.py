@@ -213,9 +213,7 @@ class LoadedModel:
                     break
                 candidates = wider
                 found = choose(candidates, query.k, rules, model, live, first)
-        answer = replace(
-            answer, items=found.items, scores=found.scores, applied=found.applied, origins=origins.found
-        )
+        answer = replace(answer, items=found.items, scores=found.scores, applied=found.applied, origins=origins.found)
         return self._explained(query, answer, pending[0])
 
     def _asked(self, query: Query) -> Query:

@@ -323,7 +323,7 @@ class RedisStore(RedisCounters, RedisItems):
             yield slates
 
     def _ends(self, keys: Iterator[bytes], wanted: Callable[[bytes, bytes], T | None]) -> Iterator[list[T]]:
-        """What is wanted of lists that are in about the order of what is: of each, parts from the newest one back to one
+        """What is wanted of lists, of whose values about the newest are: of each, parts from the newest one back to one
         without anything.
 
         Args:

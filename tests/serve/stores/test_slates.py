@@ -169,12 +169,12 @@ def test_slates_since_a_time_are_found_by_their_index(servers, tmp_path) -> None
     plan = " ".join(row[3] for row in rows)
     assert "SEARCH shown USING COVERING INDEX shown_at (timestamp>?)" in plan
     assert "TEMP B-TREE" not in plan
-    location = emptied("postgres", servers, tmp_path)
-    with open_store(location) as opened:
+    database = emptied("postgres", servers, tmp_path)
+    with open_store(database) as opened:
         for number in range(5_000):
             opened.log_slate(SLATE._replace(recommendation_id=f"r{number}", timestamp=number))
         opened.flush()
-    with psycopg.connect(location) as connection:
+    with psycopg.connect(database) as connection:
         connection.execute("ANALYZE jaxrec.shown")
         connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")
         connection.execute(f"PREPARE first_slate (bigint, bigint) AS {numbered(of_postgres.first_slate)}")
