@@ -23,7 +23,14 @@ from jaxrec.onnx.convert import parts_graph, sequence_graph, step_graph, trend_g
 from jaxrec.onnx.parity import check_parity
 from jaxrec.onnx.quantize import check_quality, quantize_lstms
 from jaxrec.onnx.search import externalized, make_search, write_array
-from jaxrec.onnx.signature import OPSET, parts_signature, sequence_signature, step_signature, trend_signature
+from jaxrec.onnx.signature import (
+    OPSET,
+    PARTS,
+    parts_signature,
+    sequence_signature,
+    step_signature,
+    trend_signature,
+)
 from jaxrec.onnx.weights import extract_weights
 
 MANIFEST_SCHEMA_VERSION = 5
@@ -107,7 +114,7 @@ def export_model(
     graphs = {
         "sequence": {"file": SEQUENCE_FILE, **sequence_signature(*widths, weights.allow_seen).to_json()},
         "step": {"file": STEP_FILE, **step_signature(*widths, weights.allow_seen).to_json()},
-        "parts": {"file": PARTS_FILE, **parts_signature(*widths).to_json()},
+        "parts": {"file": PARTS_FILE, "columns": PARTS, **parts_signature(*widths).to_json()},
         "trend": {"file": TREND_FILE, **trend_signature(len(HALF_LIVES_S)).to_json()},
     }
     if search is not None:
@@ -132,6 +139,7 @@ def export_model(
             "model_version": f"{now:%Y%m%dT%H%M%SZ}-{_digest(files)[:8]}",
             "created": f"{now:%Y-%m-%dT%H:%M:%SZ}",
             "policy": policy_name(hybrid),
+            "reranker": hybrid.reranker is not None,
             "opset": OPSET,
             "item_count": weights.item_count,
             "max_history": max_history,

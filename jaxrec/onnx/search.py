@@ -1,7 +1,7 @@
 """What a model directory with an index has besides: graphs that answer a query, the items' arrays, and the index.
 
-The arrays are files that `serve` maps into memory, and the weights of `sequence.onnx` and `step.onnx` lie in the same
-files (ONNX' external data), so that a large catalogue is on disk and in memory once.
+The arrays are files that `serve` maps into memory, and the weights of `sequence.onnx`, `step.onnx` and `parts.onnx` lie
+in the same files (ONNX' external data), so that a large catalogue is on disk and in memory once.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ from typing import Any
 
 OPSET = 17
 PARTS = ("lstm", "content", "policy", "cooccurrence")
-"""The columns of what `parts.onnx` answers."""
+"""The columns of what `parts.onnx` answers; the manifest has them, too."""
 
 
 @dataclasses.dataclass(frozen=True)

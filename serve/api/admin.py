@@ -1,5 +1,7 @@
 """The RPCs of `jaxrec.v1.ModelAdmin`: decode, call, encode."""
 
+from functools import partial
+
 from serve.api.context import Context
 from serve.api.errors import InvalidRequest, Violations
 from serve.api.outcomes import OutcomesReport, decode_outcomes
@@ -11,6 +13,7 @@ from serve.api.pages import (
     model_page_token,
 )
 from serve.api.rules import check_id
+from serve.api.service import check_wanted
 from serve.pb import model_admin_pb2 as pb
 from serve.pb import model_admin_pb2_grpc
 from serve.serving.errors import shown
@@ -80,4 +83,7 @@ class ModelAdminServicer(model_admin_pb2_grpc.ModelAdminServicer):
         return pb.RollBackResponse(model_version=self._models.roll_back())
 
     def GetOutcomes(self, request: pb.GetOutcomesRequest, context: Context) -> pb.GetOutcomesResponse:
-        return self._outcomes.get(decode_outcomes(request))
+        def is_cancelled() -> bool:
+            return not context.is_active()
+
+        return self._outcomes.get(decode_outcomes(request), partial(check_wanted, context.time_remaining, is_cancelled))

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from serve.event_log.slates import TooLong
+from serve.event_log.slates import TooLong, TooSlow
 from serve.model.manifest import ArtifactError
 from serve.model.recommender import NoNewItems, UnknownItem
 from serve.serving.errors import Cancelled, Expired, QueueFull, RefusedModel, UnknownModel
@@ -187,6 +187,7 @@ STATUS: Mapping[type[Exception], Meaning] = {
     SlatesNotLogged: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "RECOMMENDATIONS_NOT_LOGGED"),
     TooManyToMerge: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "TOO_MUCH_TO_MERGE"),
     TooLong: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "LOG_TOO_LONG"),
+    TooSlow: Meaning(grpc.StatusCode.DEADLINE_EXCEEDED, "LOG_TOO_SLOW"),
     RefusedModel: Meaning(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_REFUSED"),
     QueueFull: Meaning(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     Expired: Meaning(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),

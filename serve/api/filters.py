@@ -15,8 +15,6 @@ from serve.model.recommender import Recommender
 from serve.pb import recommender_pb2 as pb
 from serve.serving.errors import shown
 
-LONGEST_KEPT, MOST_KEPT = 2**16, 64
-"""Filters with allow-lists that a catalogue keeps: of at most so many bytes, and how many."""
 SEEN = frozenset(pb.Seen.values())
 NO_ITEMS = np.zeros(0, np.int32)
 
@@ -34,7 +32,7 @@ def decode_filter(
     allowed = request.filter.allow_item_ids
     # The same list often comes again, and to look up a thousand ids takes as long as a run of the model.
     content = request.filter.SerializeToString() if allowed and not excluded else b""
-    kept = live.allow_lists.get(content)
+    kept = live.allow_lists.get(content) if content else None
     if kept is not None:
         return kept
     items = found.check(_item_indices, "filter.allow_item_ids", allowed, MAX_ALLOWED_ITEMS, index)
@@ -55,10 +53,8 @@ def decode_filter(
         return None
     chosen = items[items > 0] if allowed and items is not None else None
     item_filter = ItemFilter(chosen, **different, minimum_score=minimum)
-    if 0 < len(content) <= LONGEST_KEPT:
-        if len(live.allow_lists) >= MOST_KEPT:
-            live.allow_lists.clear()
-        live.allow_lists[content] = item_filter
+    if content and chosen is not None:
+        live.allow_lists.put(content, item_filter, len(content) + chosen.nbytes)
     return item_filter
 
 

@@ -406,7 +406,7 @@ def check_wanted(remaining_s: Callable[[], float | None], is_cancelled: Callable
         raise Cancelled("cancelled by the client")
     left_s = remaining_s()
     if left_s is not None and left_s <= 0:
-        raise Expired("the deadline passed before all requests of the batch were read")
+        raise Expired("the deadline passed before there was an answer")
 
 
 def _named(loaded: LoadedModel, query: Query, answer: Answer) -> Recommendation:

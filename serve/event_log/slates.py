@@ -1,23 +1,26 @@
-"""The slates that a store logged, as arrays: which arm showed them to whom, and what came of them."""
+"""The slates that a store logged, as arrays: which arm showed them to whom, and the responses to them."""
 
+import heapq
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.stores.base import EventStore, Slate, UserEvent
+from serve.stores.base import EventStore, Slate, TooManySlates, UserEvent
 
 QUANTILE = 0.99  # of the responses: by when the log ends, and within which window they come by default
 SENT_ALONG = "without a user id"
 EMPTY = "without an item"
+SHORTER = "ask for a shorter time, or use `python -m serve outcomes`"
 STILL_OPEN = "with an open attribution window"
 NAMED = "of a version that the request named"
 NO_EVENTS = "from before the events that are read"
-FIRST_EVENTS = 101
-"""The median of their times is when the first event that is read arrived: single ones have a wrong clock."""
+FIRST_RESPONSES = 11
+"""Of the newest events, those that arrived first. The median of their times is taken for the time from which on all
+responses are read, since single clocks are wrong."""
 
 
 class Arm(NamedTuple):
@@ -31,6 +34,10 @@ class TooLong(Exception):
     """There is more in a log than may be read."""
 
 
+class TooSlow(Exception):
+    """A log was not read in the time that there is for it."""
+
+
 class Bounds(NamedTuple):
     """How much of a log is read."""
 
@@ -38,19 +45,29 @@ class Bounds(NamedTuple):
     """Slates from this second on."""
     slates: int
     """At most so many."""
+    items: int
+    """At most so many in all of the slates together."""
     events: int
     """So many of the newest events."""
     until: float
     """By when it must have been read, by `time.monotonic()`."""
+    check_wanted: Callable[[], None] = lambda: None
+    """Raises what ends the reading, if nobody waits for it any more."""
 
-    def check(self, slates: int) -> None:
-        """Raises TooLong if more than so many slates were read, or it took too long."""
-        seconds = int(time.time()) - self.since
-        shorter = "ask for a shorter time, or use `python -m serve outcomes`"
-        if slates > self.slates:
-            raise TooLong(f"there are more than {self.slates} recommendations in the last {seconds} seconds: {shorter}")
+    def check(self, items: int) -> None:
+        """Raises TooLong if more than so many items were read, TooSlow if it took too long, and as `check_wanted`."""
+        if items > self.items:
+            raise self.too_long(self.items, "items in the recommendations")
         if time.monotonic() > self.until:
-            raise TooLong(f"the log of the last {seconds} seconds cannot be read in time: {shorter}")
+            raise TooSlow(f"the log of the last {self._seconds()} seconds cannot be read in time: {SHORTER}")
+        self.check_wanted()
+
+    def too_long(self, most: int, what: str) -> TooLong:
+        """The error where there is more than that of something."""
+        return TooLong(f"there are more than {most} {what} of the last {self._seconds()} seconds: {SHORTER}")
+
+    def _seconds(self) -> int:
+        return int(time.time()) - self.since
 
 
 class Slates(NamedTuple):
@@ -94,6 +111,7 @@ def read_slates(store: EventStore, attribution_window: int | None = None, bounds
     Raises:
         StoreError: The store cannot be read.
         TooLong: There is more than `bounds` allow.
+        TooSlow: It takes longer than `bounds` allow.
     """
     numbers: dict[str, int] = {}  # of a slate, by its recommendation id
     arms: dict[Arm, int] = {}
@@ -117,23 +135,23 @@ def read_slates(store: EventStore, attribution_window: int | None = None, bounds
             shown_at.append(one.timestamp)
             slots.extend(items.setdefault(item_id, len(items)) for item_id in one.item_ids)
             offsets.append(len(slots))
-    slate, item, came, delay = array("q"), array("i"), array("q"), array("q")
+    slot, came, delay = array("q"), array("q"), array("q")
     now = int(time.time())
     newest = _NewestEvents(store, bounds)
     for events in newest:
-        for _, new in events:
+        for arrival, new in events:
             number = numbers.get(new.recommendation_id or "")
             at = new.event.timestamp
             positive = new.event.weight > 0
             if number is None or not positive or users.get(new.user_id) != user[number] or at > now:
                 continue
-            on = items.get(new.event.item_id, -1)
-            if on not in slots[offsets[number] : offsets[number + 1]]:
+            at_slot = _slot(slots, items.get(new.event.item_id, -1), offsets[number], offsets[number + 1])
+            if at_slot is None:
                 continue
-            slate.append(number)
-            item.append(on)
+            slot.append(at_slot)
             came.append(at)
             delay.append(max(0, at - shown_at[number]))
+            newest.respond(arrival, max(at, shown_at[number]))
     window = _quantile(np.array(delay)) if attribution_window is None else attribution_window
     closed = np.array(shown_at, np.int64) <= max(_quantile(np.array(came)), last) - window
     left_out[STILL_OPEN] = int((~closed).sum())
@@ -142,7 +160,8 @@ def read_slates(store: EventStore, attribution_window: int | None = None, bounds
     closed &= has_events
     within = np.array(delay, np.int64) <= window
     starts = np.array(offsets, np.int64)
-    hits = _hits(np.array(slate, np.int64)[within], np.array(item)[within], np.array(slots, np.int32), starts)
+    hits = np.zeros(len(slots))  # [slots] 1.0 where the slot's item was interacted with, however often
+    hits[np.array(slot, np.int64)[within]] = 1.0
     number_of = np.repeat(np.arange(len(arm)), np.diff(starts))  # [slots] the slate of each
     return Slates(
         list(arms),
@@ -156,13 +175,26 @@ def read_slates(store: EventStore, attribution_window: int | None = None, bounds
 
 
 def _slates(store: EventStore, bounds: Bounds | None) -> Iterator[Sequence[Slate]]:
-    """Those within the bounds; raises TooLong."""
-    count = 0
-    for slates in store.all_slates(0 if bounds is None else bounds.since):
-        count += len(slates)
-        if bounds is not None:
-            bounds.check(count)
-        yield slates
+    """Those within the bounds; raises TooLong and TooSlow."""
+    if bounds is None:
+        yield from store.all_slates()
+        return
+    items = 0
+    try:
+        for slates in store.all_slates(max(1, bounds.since), bounds.slates):
+            items += sum(len(one.item_ids) for one in slates)
+            bounds.check(items)
+            yield slates
+    except TooManySlates as error:
+        raise bounds.too_long(bounds.slates, "recommendations") from error
+
+
+def _slot(slots: "array[int]", item: int, start: int, end: int) -> int | None:
+    """The place of an item among the slots of one slate; None: it is not there."""
+    try:
+        return slots.index(item, start, end)
+    except ValueError:
+        return None
 
 
 class _NewestEvents:
@@ -172,41 +204,26 @@ class _NewestEvents:
         """Reads nothing yet but how many there may be."""
         self._store, self._bounds = store, bounds
         self._after = 0 if bounds is None else max(0, store.last_arrival() - bounds.events)
-        self._arrivals, self._times = array("q"), array("q")
+        self._responses: list[tuple[int, int]] = []
 
     def __iter__(self) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         for events in self._store.all_events(self._after):
             if self._bounds is not None:
                 self._bounds.check(0)
-            if self._after:
-                self._arrivals.extend(arrival for arrival, _ in events)
-                self._times.extend(new.event.timestamp for _, new in events)
             yield events
 
+    def respond(self, arrival: int, time: int) -> None:
+        """One of them is a response. Others, such as events of long ago that are imported, do not say when they
+        arrived."""
+        if self._after:
+            self._responses.append((arrival, time))
+
     def first_time(self, now: int) -> float:
-        """When the first of them arrived, by their own times; `now`: there is none. 0: they are all events."""
+        """From when on all responses are among them; `now`: there is no response. 0: they are all events."""
         if not self._after:
             return 0.0
-        first = np.array(self._times)[np.argsort(np.array(self._arrivals))[:FIRST_EVENTS]]
-        return float(np.median(first)) if len(first) else now
-
-
-def _hits(
-    slate: NDArray[np.int64], item: NDArray[np.int32], slots: NDArray[np.int32], starts: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """`[slots]`, 1.0 where the slot's item was interacted with, however often.
-
-    Args:
-        slate: `[responses]`, the slate that each names.
-        item: `[responses]`.
-        slots: `[slots]`, the items of all slates.
-        starts: `[slates+1]`, where each slate begins in `slots`.
-    """
-    hits = np.zeros(len(slots))
-    for number, one in zip(slate.tolist(), item.tolist(), strict=True):
-        of_slate = slice(starts[number], starts[number + 1])
-        hits[of_slate][slots[of_slate] == one] = 1.0
-    return hits
+        first = [time for _, time in heapq.nsmallest(FIRST_RESPONSES, self._responses)]
+        return float(np.median(first)) if first else now
 
 
 def _discounts(starts: NDArray[np.int64]) -> NDArray[np.float64]:

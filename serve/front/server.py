@@ -191,8 +191,9 @@ def create_server(
     pools |= dict.fromkeys(SLOW, slow) | dict.fromkeys(AT_ONCE) | {RECOMMEND: slow}
     if isinstance(models, ModelLibrary):
         admin = methods_of(model_admin_pb2_grpc.add_ModelAdminServicer_to_server, ModelAdminServicer(models, store))
-        # One at a time anyway, and loading one may take a minute.
-        pools |= dict.fromkeys(admin, Pool(1, MAX_ADMIN_CALLS, "grpc-admin")) | {GET_OUTCOMES: slow}
+        # One at a time anyway, and loading one may take a minute. Logs are read one at a time, too.
+        pools |= dict.fromkeys(admin, Pool(1, MAX_ADMIN_CALLS, "grpc-admin"))
+        pools[GET_OUTCOMES] = Pool(1, MAX_ADMIN_CALLS, "grpc-outcomes")
         handlers |= admin
     methods = [Method.of(name, handler, pools[name], at_once=name in AT_ONCE) for name, handler in handlers.items()]
     methods = [

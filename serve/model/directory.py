@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from serve.model.catalog import Catalog, CatalogError, parse_catalog
 from serve.model.item_rows import KINDS, Column, ItemRows
 from serve.model.manifest import MANIFEST, ArtifactError, Fields, ModelInfo, model_info, read_manifest
+from serve.model.parts import OF_GRAPH
 from serve.model.trend import HALF_LIVES_S, TrendFiles
 
 TREND_COUNTS = "trend_counts.npy"
@@ -87,6 +88,9 @@ def read_artifact(directory: Path) -> Artifact:
         file = graphs.section(name).get("file", str)
         if file != f"{name}.onnx":
             graphs.section(name).fail("file", f"{name}.onnx", file)
+    parts, expected = graphs.section("parts"), [part.name.lower() for part in OF_GRAPH]
+    if parts.get("columns", list) != expected:
+        parts.fail("columns", json.dumps(expected), parts.get("columns", list))
     contents = _verified_files(directory, fields.section("files"), indexed)
     catalog = _catalog(directory / "catalog.csv", contents["catalog.csv"], info)
     vectors = _item_vectors(directory / "item_vectors.npy", contents["item_vectors.npy"], info)

@@ -6,6 +6,7 @@ model was not exported with are added after the model's own. What a request uses
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ MOST_NOTED = 200
 KEPT = 4
 """For so many stretches of time, in which the same items are available, the withheld items are in memory: one byte for
 each item of the catalogue."""
+MOST_FILTER_BYTES = 4 * 2**20
+"""Of the filters with allow-lists that a catalogue keeps, with the messages that they were in."""
 MOST_ADDED = 100_000
 """Added items of a model. Each request multiplies the vectors of all of them."""
 ALWAYS, NEVER = -1, 2**62
@@ -67,6 +70,38 @@ class Withheld(NamedTuple):
     """The indices of the model's own; None: they are more than `MOST_NOTED`."""
 
 
+class NewestFilters:
+    """The filters that were used last, as many as MOST_FILTER_BYTES hold. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[bytes, tuple[ItemFilter, int]] = {}
+        self.size = 0
+        """In bytes."""
+
+    def get(self, key: bytes) -> ItemFilter | None:
+        """One that is kept, which is the newest again; None: it is not."""
+        with self._lock:
+            found = self._kept.pop(key, None)
+            if found is None:
+                return None
+            self._kept[key] = found
+        return found[0]
+
+    def put(self, key: bytes, item_filter: ItemFilter, size: int) -> None:
+        """Keeps one of so many bytes, in place of those that were not used for longest."""
+        if size > MOST_FILTER_BYTES:
+            return
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = item_filter, size
+            self.size += size
+            while self.size > MOST_FILTER_BYTES:
+                _, dropped = self._kept.pop(next(iter(self._kept)))
+                self.size -= dropped
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveCatalog:
     """What requests use of a model's catalogue. Safe to share between threads."""
@@ -88,7 +123,7 @@ class LiveCatalog:
     """By item index, what of an answer does not depend on the query, encoded once: see `serve.api.codec`."""
     id_messages: dict[int, bytes] = field(default_factory=dict)
     """The same of answers without titles and tags."""
-    allow_lists: dict[bytes, ItemFilter] = field(default_factory=dict)
+    allow_lists: NewestFilters = field(default_factory=NewestFilters)
     """Filters with allow-lists that requests had, by their messages: see `serve.api.filters`."""
 
     @classmethod

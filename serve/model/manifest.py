@@ -14,9 +14,10 @@ from serve.model.repeat import Buckets, Repeat
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 5
-POLICIES = _, SUPERVISED = "reinforce", "supervised"
+POLICIES = "reinforce", "supervised"
 LARGEST_ITEM_COUNT = 2**31 - 2
-SEEN_ITEMS = EXCLUDE, _ = "exclude", "allow"
+EXCLUDE = "exclude"
+SEEN_ITEMS = EXCLUDE, "allow"
 
 
 class ArtifactError(Exception):
@@ -30,6 +31,8 @@ class ModelInfo:
     model_version: str
     created: str
     policy: str
+    has_reranker: bool
+    """Whether a reranker changes the scores of the best items."""
     item_count: int
     max_history: int
     rating_scale: RatingScale | None
@@ -151,6 +154,7 @@ def model_info(fields: Fields) -> ModelInfo:
         model_version=fields.get("model_version", str),
         created=fields.get("created", str),
         policy=policy,
+        has_reranker=fields.get("reranker", bool),
         item_count=fields.get("item_count", int),
         max_history=fields.get("max_history", int),
         rating_scale=scale,

@@ -19,8 +19,8 @@ class Part(IntEnum):
     POLICY = 6
     """What was learned on top of the others: a shift of the query, or a reranker's change of the mix."""
     PLACE = 7
-    """What holds an item below others: a new one below the first places, one that only a rule brought in below the
-    model's own candidates."""
+    """What holds an item below others: a new one below the first places, one that only a rule made a candidate below
+    the model's own candidates."""
     BOOST = 8
     POPULARITY = 9
 
@@ -29,29 +29,36 @@ OF_GRAPH = (Part.LSTM, Part.CONTENT, Part.POLICY, Part.COOCCURRENCE)
 """The columns of what `parts.onnx` answers."""
 ROUNDING = 1e-4
 """What the parts of a score may differ from it, relative to a score above 1."""
+ROUNDING_CUDA = 1e-2
+"""The same where scores were computed on a GPU, with TF32's 10 bits after the point, and their parts on the CPU."""
 
 Parts = Mapping[Part, float]
 """Without those that add nothing."""
 
 
 def parts_of_logits(
-    scores: NDArray[np.float32], given: Mapping[Part, NDArray[np.float32]], in_policy: NDArray[np.bool_]
+    scores: NDArray[np.float32],
+    given: Mapping[Part, NDArray[np.float32]],
+    reranked: NDArray[np.bool_],
+    rounding: float = ROUNDING,
 ) -> list[Parts]:
     """The parts of logits.
 
     Args:
         scores: `[n]`, as they are answered.
         given: `[n]` each, what is known of the parts.
-        in_policy: `[n]`, whether the rest is the policy's; else it is that of the item's place.
+        reranked: `[n]`, whether the rest is what a reranker changed; else it is that of the item's place.
+        rounding: Another rest of no more, relative to a score above 1, is of no part.
 
     Returns:
-        Parts whose sum is the score, up to ROUNDING.
+        Parts whose sum is the score, up to `rounding`.
     """
     rest = scores.astype(np.float64) - sum(part.astype(np.float64) for part in given.values())
-    is_rounding = ~in_policy & (np.abs(rest) <= ROUNDING * np.maximum(1, np.abs(scores)))
-    rest[is_rounding] = 0
-    of_policy = given.get(Part.POLICY, np.zeros_like(scores)) + np.where(in_policy, rest, 0)
-    all_parts = {**given, Part.POLICY: of_policy, Part.PLACE: np.where(in_policy, 0, rest)}
+    rest[~reranked & (np.abs(rest) <= rounding * np.maximum(1, np.abs(scores)))] = 0
+    none = np.zeros_like(scores)
+    of_policy = given.get(Part.POLICY, none) + np.where(reranked, rest, 0)
+    of_place = given.get(Part.PLACE, none) + np.where(reranked, 0, rest)
+    all_parts = {**given, Part.POLICY: of_policy, Part.PLACE: of_place}
     columns = sorted((part, values.tolist()) for part, values in all_parts.items())
     return [{part: values[at] for part, values in columns if values[at]} for at in range(len(scores))]
 

@@ -26,9 +26,9 @@ from serve.model.events import (
 from serve.model.explain import ASKED_EVENTS, ASKED_ITEMS, Explanation, explain, explain_popularity
 from serve.model.features import Features, features
 from serve.model.filters import Filters, ItemFilter
+from serve.model.graphs import CPU
 from serve.model.live_catalog import LiveCatalog, Withheld
-from serve.model.manifest import SUPERVISED
-from serve.model.parts import Part, Parts, parts_of_logits, parts_of_popularity
+from serve.model.parts import ROUNDING, ROUNDING_CUDA, Part, Parts, parts_of_logits, parts_of_popularity
 from serve.model.popular import NO_OTHERS, OtherCounts, PopularItems, PopularNow, with_no_hour
 from serve.model.ranking.engine import Basis, Engine, Ranking
 from serve.model.ranking.live_trend import Blocked, Trend
@@ -88,6 +88,15 @@ class Query(NamedTuple):
     """The version that the request named; "": none, and the traffic decides."""
 
 
+class Origin(NamedTuple):
+    """How an item came into an answer that several rankings made."""
+
+    basis: Basis | None
+    """What its score was computed from; None: it is a popular one."""
+    held: float
+    """What was added to its score, 0 or less, so that it is not above the best items by the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Items best first."""
@@ -112,6 +121,8 @@ class Answer:
     """By item index, which rules changed the item's score or place; other items are missing."""
     basis: Basis | None = None
     """What the scores were computed from; None: the items are popular ones."""
+    origins: Mapping[int, Origin] = field(default_factory=dict)
+    """By item index, of those that are not just of `basis`."""
 
 
 class Recommender:
@@ -406,8 +417,24 @@ class Recommender:
 
     def _parts(self, query: Query, answer: Answer) -> list[Parts]:
         """What parts of the model gave to the scores of the items that it ranked."""
-        basis, live, items = answer.basis, query.live or self.own_live, answer.items
-        assert basis is not None
+        of_answer = Origin(answer.basis, 0.0)
+        origins = [answer.origins.get(item, of_answer) for item in answer.items.tolist()]
+        places: dict[int, list[int]] = {}
+        for at, origin in enumerate(origins):
+            places.setdefault(id(origin.basis), []).append(at)
+        found: list[Parts] = [{}] * len(origins)
+        for of_basis in places.values():
+            basis = origins[of_basis[0]].basis
+            if basis is not None:
+                held = np.array([origins[at].held for at in of_basis], np.float32)
+                of_items = replace(answer, items=answer.items[of_basis], scores=answer.scores[of_basis])
+                for at, parts in zip(of_basis, self._parts_by(basis, held, query, of_items), strict=True):
+                    found[at] = parts
+        return found
+
+    def _parts_by(self, basis: Basis, held: NDArray[np.float32], query: Query, answer: Answer) -> list[Parts]:
+        """As `_parts`, where all scores were computed from one basis; `held` `[n]`: as in `Origin`."""
+        live, items = query.live or self.own_live, answer.items
         own = np.where(items <= self.engine.item_count, items, np.int32(0))
         vectors, trend = self._vectors[own], basis.trend.values[own]
         moment, is_added = self._moment(live, basis.trend), own == 0
@@ -421,11 +448,12 @@ class Recommender:
         given[Part.CONTENT] = given[Part.CONTENT] + bias_of_added
         given[Part.TREND] = trend
         given[Part.BOOST] = self._boosts(query, answer).astype(np.float32)
+        given[Part.PLACE] = held
         if basis.seen is not None:
             of_item = dict(zip(basis.seen.items.tolist(), basis.seen.scores.tolist(), strict=True))
             given[Part.REPEAT] = np.array([of_item.get(item, 0.0) for item in own.tolist()], np.float32)
-        in_policy = ~moment.new[items] & (self.info.policy != SUPERVISED)
-        return parts_of_logits(answer.scores, given, in_policy)
+        reranked = ~moment.new[items] & ~is_added & self.info.has_reranker
+        return parts_of_logits(answer.scores, given, reranked, ROUNDING if self.provider == CPU else ROUNDING_CUDA)
 
     def _explain(self, query: Query, history: Sequence[KnownEvent], answer: Answer) -> tuple[Explanation, ...]:
         items = answer.items

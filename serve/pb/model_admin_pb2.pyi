@@ -324,7 +324,7 @@ Global___RollBackResponse: _TypeAlias = RollBackResponse  # noqa: Y015
 
 @_typing.final
 class GetOutcomesRequest(_message.Message):
-    """A question for what came of recommendations."""
+    """Which recommendations are compared."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -356,7 +356,7 @@ Global___GetOutcomesRequest: _TypeAlias = GetOutcomesRequest  # noqa: Y015
 
 @_typing.final
 class GetOutcomesResponse(_message.Message):
-    """What came of recommendations. Versions compare fairly if they answered at the same time,
+    """How users responded to recommendations. Versions compare fairly if they answered at the same time,
     to users divided at random between them (SetTraffic).
     """
 
@@ -424,7 +424,7 @@ Global___GetOutcomesResponse: _TypeAlias = GetOutcomesResponse  # noqa: Y015
 
 @_typing.final
 class Outcome(_message.Message):
-    """What came of the recommendations of one version and policy."""
+    """How users responded to the recommendations of one version and policy."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

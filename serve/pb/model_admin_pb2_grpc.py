@@ -102,11 +102,12 @@ class ModelAdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetOutcomes(self, request, context):
-        """What came of the recommendations of each version in the last time, as
-        `python -m serve outcomes` computes it of a whole store. An answer is up to 10 seconds
-        old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this time, or
-        the log cannot be read in 5 seconds: ask for a shorter one. Of a longer log the newest
-        200,000 events count, and recommendations before these are left out.
+        """How users responded to the recommendations of each version within `window`;
+        `python -m serve outcomes` computes the same of a whole store. An answer is up to 10
+        seconds old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this
+        time, or more than 2,000,000 items in them. DEADLINE_EXCEEDED if they cannot be read in
+        5 seconds. Ask for a shorter time then. The newest 200,000 events count, and
+        recommendations from before these are left out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,11 +52,12 @@ class ModelAdminStub:
     earlier version: FAILED_PRECONDITION.
     """
     GetOutcomes: _grpc.UnaryUnaryMultiCallable[_model_admin_pb2.GetOutcomesRequest, _model_admin_pb2.GetOutcomesResponse]
-    """What came of the recommendations of each version in the last time, as
-    `python -m serve outcomes` computes it of a whole store. An answer is up to 10 seconds
-    old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this time, or
-    the log cannot be read in 5 seconds: ask for a shorter one. Of a longer log the newest
-    200,000 events count, and recommendations before these are left out.
+    """How users responded to the recommendations of each version within `window`;
+    `python -m serve outcomes` computes the same of a whole store. An answer is up to 10
+    seconds old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this
+    time, or more than 2,000,000 items in them. DEADLINE_EXCEEDED if they cannot be read in
+    5 seconds. Ask for a shorter time then. The newest 200,000 events count, and
+    recommendations from before these are left out.
     """
 
 @_typing.type_check_only
@@ -83,11 +84,12 @@ class ModelAdminAsyncStub(ModelAdminStub):
     earlier version: FAILED_PRECONDITION.
     """
     GetOutcomes: _aio.UnaryUnaryMultiCallable[_model_admin_pb2.GetOutcomesRequest, _model_admin_pb2.GetOutcomesResponse]  # type: ignore[assignment]
-    """What came of the recommendations of each version in the last time, as
-    `python -m serve outcomes` computes it of a whole store. An answer is up to 10 seconds
-    old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this time, or
-    the log cannot be read in 5 seconds: ask for a shorter one. Of a longer log the newest
-    200,000 events count, and recommendations before these are left out.
+    """How users responded to the recommendations of each version within `window`;
+    `python -m serve outcomes` computes the same of a whole store. An answer is up to 10
+    seconds old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this
+    time, or more than 2,000,000 items in them. DEADLINE_EXCEEDED if they cannot be read in
+    5 seconds. Ask for a shorter time then. The newest 200,000 events count, and
+    recommendations from before these are left out.
     """
 
 class ModelAdminServicer(metaclass=_abc_1.ABCMeta):
@@ -141,11 +143,12 @@ class ModelAdminServicer(metaclass=_abc_1.ABCMeta):
         request: _model_admin_pb2.GetOutcomesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_admin_pb2.GetOutcomesResponse, _abc.Awaitable[_model_admin_pb2.GetOutcomesResponse]]:
-        """What came of the recommendations of each version in the last time, as
-        `python -m serve outcomes` computes it of a whole store. An answer is up to 10 seconds
-        old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this time, or
-        the log cannot be read in 5 seconds: ask for a shorter one. Of a longer log the newest
-        200,000 events count, and recommendations before these are left out.
+        """How users responded to the recommendations of each version within `window`;
+        `python -m serve outcomes` computes the same of a whole store. An answer is up to 10
+        seconds old. FAILED_PRECONDITION if there are more than 50,000 recommendations in this
+        time, or more than 2,000,000 items in them. DEADLINE_EXCEEDED if they cannot be read in
+        5 seconds. Ask for a shorter time then. The newest 200,000 events count, and
+        recommendations from before these are left out.
         """
 
 def add_ModelAdminServicer_to_server(servicer: ModelAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

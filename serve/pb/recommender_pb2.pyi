@@ -147,7 +147,9 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     SEEN_ALLOW.
     """
     PART_POLICY: _Part.ValueType  # 6
-    """The policy: what reinforcement learning adds to the other parts."""
+    """The policy: what reinforcement learning adds to the other parts. What a reranker changes
+    is this part, for the items that it ranks anew.
+    """
     PART_PLACE: _Part.ValueType  # 7
     """What holds the item below others, 0 or less: a new item below the first places, or an
     item that only a rule made a candidate below the model's own candidates.
@@ -155,8 +157,8 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     PART_BOOST: _Part.ValueType  # 8
     """Boosts of the request."""
     PART_POPULARITY: _Part.ValueType  # 9
-    """The number of events, of the policies `popularity` and `recent_popularity`. With
-    boosts, without them.
+    """The number of events, of the policies `popularity` and `recent_popularity`. Boosts are
+    not in it: they are PART_BOOST.
     """
 
 class Part(_Part, metaclass=_PartEnumTypeWrapper):
@@ -177,7 +179,9 @@ PART_REPEAT: Part.ValueType  # 5
 SEEN_ALLOW.
 """
 PART_POLICY: Part.ValueType  # 6
-"""The policy: what reinforcement learning adds to the other parts."""
+"""The policy: what reinforcement learning adds to the other parts. What a reranker changes
+is this part, for the items that it ranks anew.
+"""
 PART_PLACE: Part.ValueType  # 7
 """What holds the item below others, 0 or less: a new item below the first places, or an
 item that only a rule made a candidate below the model's own candidates.
@@ -185,8 +189,8 @@ item that only a rule made a candidate below the model's own candidates.
 PART_BOOST: Part.ValueType  # 8
 """Boosts of the request."""
 PART_POPULARITY: Part.ValueType  # 9
-"""The number of events, of the policies `popularity` and `recent_popularity`. With
-boosts, without them.
+"""The number of events, of the policies `popularity` and `recent_popularity`. Boosts are
+not in it: they are PART_BOOST.
 """
 Global___Part: _TypeAlias = Part  # noqa: Y015
 

@@ -19,6 +19,7 @@ from serve.serving.batching import Batcher, IsCancelled, OnDone, Pending, Run
 from serve.serving.errors import Cancelled, Expired, QueueFull
 from serve.serving.reranker import Reranker
 from serve.serving.ruled import (
+    Origins,
     candidates_of,
     choose,
     followed_by,
@@ -182,7 +183,8 @@ class LoadedModel:
         live = query.live or model.own_live
         pending[0].check()
         answer = pending[0].result()
-        candidates = candidates_of([one.result() for one in pending], rules, live)
+        answers = [one.result() for one in pending]
+        candidates, origins = candidates_of(answers, rules, live), Origins(answers)
         exploration = None if answer.policy in FALLBACKS else self._exploration(query)
         if exploration is not None:
             # By boosts alone, which change the scores from which the slate is drawn.
@@ -205,12 +207,13 @@ class LoadedModel:
                 asked = asked._replace(k=MORE_CANDIDATES * asked.k)
                 (more,) = self._answered([without_full_tags(asked, rules, found, live)], end, is_cancelled)
                 best = more.result()
+                origins.add(best)
                 wider = followed_by(candidates, candidates_of([best], rules, live))
                 if len(wider) == len(candidates):
                     break
                 candidates = wider
                 found = choose(candidates, query.k, rules, model, live, first)
-        answer = replace(answer, items=found.items, scores=found.scores, applied=found.applied)
+        answer = replace(answer, items=found.items, scores=found.scores, applied=found.applied, origins=origins.found)
         return self._explained(query, answer, pending[0])
 
     def _asked(self, query: Query) -> Query:

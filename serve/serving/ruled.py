@@ -1,5 +1,6 @@
 """What rules ask a loaded model, and what they make of its answers; `serve.model.rules` has the rules themselves."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 from serve.model.filters import ItemFilter
 from serve.model.live_catalog import LiveCatalog
 from serve.model.popular import FALLBACKS
-from serve.model.recommender import Answer, Query, Recommender
+from serve.model.ranking.engine import Basis
+from serve.model.recommender import Answer, Origin, Query, Recommender
 from serve.model.rules import Candidates, Model, Rules, Scale, boosted, chosen, merged
 from serve.serving.reranker import Candidate, RerankRequest
 
@@ -50,6 +52,38 @@ def candidates_of(answers: Sequence[Answer], rules: Rules, live: LiveCatalog) ->
     ranked = merged((best.items, best.scores), [(one.items, one.scores) for one in more])
     candidates = Candidates.of(*ranked, Scale.of(best.scores))
     return boosted(candidates, rules.boosts, live.filters.of_tag, logits=best.policy not in FALLBACKS)
+
+
+class Origins:
+    """How items came into an answer with rules: those of several answers, each from the first one that has it."""
+
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        """Of the answers to the query for the best items, then to `more_queries`."""
+        best, *more = answers
+        self._bases = [best.basis]
+        self._seen = set(best.items.tolist())
+        self.found: dict[int, Origin] = {}
+        last = float(best.scores[-1]) if len(best.items) else math.inf
+        for answer in more:
+            self.add(answer, last)
+
+    def add(self, answer: Answer, last: float = math.inf) -> None:
+        """Another one, whose items have at most the score `last` (`serve.model.rules.merged`)."""
+        basis = next((one for one in self._bases if _same(one, answer.basis)), answer.basis)
+        if basis is answer.basis:
+            self._bases.append(basis)
+        for item, score in zip(answer.items.tolist(), answer.scores.tolist(), strict=True):
+            if item not in self._seen:
+                self._seen.add(item)
+                self.found[item] = Origin(basis, min(0.0, last - score))
+
+
+def _same(one: Basis | None, other: Basis | None) -> bool:
+    """Whether the same scores follow from both."""
+    if one is None or other is None:
+        return one is other
+    alike = one.trend is other.trend and one.request_gap == other.request_gap
+    return alike and np.array_equal(one.state, other.state)
 
 
 def without_full_tags(query: Query, rules: Rules, answer: Candidates, live: LiveCatalog) -> Query:

@@ -22,6 +22,12 @@ from; but a user with millions of events must not cost all others their answers.
 MOST_SLATES = 1_000
 """Of a user's slates so many are read to find what was shown lately."""
 
+SOME_SLATES = 500
+"""Slates of a time are read so many at once: one can have a thousand items."""
+
+EVERY_SLATE = 2**31
+"""More than a store has."""
+
 MOST_MERGED = 10_000
 """So many events and slates of a user can become another one's: as one step, for which others wait."""
 
@@ -43,6 +49,10 @@ class TooManyToMerge(Exception):
     def __init__(self, count: int, most: int) -> None:
         expected = f"a user with at most {most:,} events and recommendations"
         super().__init__(f"source_user_id: expected {expected}, came one with {count:,}")
+
+
+class TooManySlates(Exception):
+    """There are more slates than were asked for."""
 
 
 class UserEvent(NamedTuple):
@@ -420,11 +430,16 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def all_slates(self, since: int = 0) -> Iterator[Sequence[Slate]]:
+    def all_slates(self, since: int = 0, most: int = EVERY_SLATE) -> Iterator[Sequence[Slate]]:
         """Every slate that was logged, in parts; those of one user in their order.
 
         Args:
-            since: Only slates from this second on.
+            since: Only slates from this second on, then in small parts and in any order; one that is logged meanwhile
+                may be missing, or bring another one twice. 0: all.
+            most: With `since`: how many of them are wanted.
+
+        Raises:
+            TooManySlates: There are more than `most`.
         """
 
     @abstractmethod

@@ -9,8 +9,10 @@ from typing import Any, LiteralString, NamedTuple
 from serve.model.events import Event
 from serve.model.live_catalog import Item
 from serve.stores.base import (
+    EVERY_SLATE,
     MOST_EVENTS,
     MOST_SLATES,
+    SOME_SLATES,
     Changes,
     ItemChanges,
     ItemCursor,
@@ -18,6 +20,7 @@ from serve.stores.base import (
     Slate,
     SpilledState,
     Swept,
+    TooManySlates,
     UserEvent,
 )
 from serve.stores.counters import Counter, Damaged, add_events
@@ -58,7 +61,8 @@ class Queries(NamedTuple):
     slates: LiteralString
     """Number and SLATE_COLUMNS in order of numbers (number before the first, limit)."""
     first_slate: LiteralString
-    """One row: the least number of the slates from a time on, None without one (timestamp)."""
+    """One row: how many slates there are from a time on, and the least number of them, None without one; of the oldest
+    ones (timestamp, limit)."""
     shown_items: LiteralString
     """The columns of `ShownItem` in order (recommendation and item that come before, limit)."""
     last_deletion: LiteralString
@@ -147,14 +151,18 @@ class SqlStore(DeferringStore):
         for rows in self._parts(self._queries.events, after):
             yield [(row[0], event_of_row(row[1:])) for row in rows]
 
-    def all_slates(self, since: int = 0) -> Iterator[Sequence[Slate]]:
-        ((first,),) = self._read(self._queries.first_slate, since) if since else ((1,),)
-        if first is None:
+    def all_slates(self, since: int = 0, most: int = EVERY_SLATE) -> Iterator[Sequence[Slate]]:
+        if not since:
+            for rows in self._parts(self._queries.slates):
+                yield [slate_of_row(row[1:]) for row in rows]
             return
-        for rows in self._parts(self._queries.slates, first - 1):
+        ((count, first),) = self._read(self._queries.first_slate, since, most + 1)
+        if count > most:
+            raise TooManySlates
+        for rows in self._parts(self._queries.slates, first - 1, SOME_SLATES) if count else ():
             slates = [slate_of_row(row[1:]) for row in rows]
             # Those of one second are written in any order, and by several servers.
-            yield [one for one in slates if one.timestamp >= since] if since else slates
+            yield [one for one in slates if one.timestamp >= since]
 
     def all_shown(self) -> Iterator[Sequence[ShownItem]]:
         last = FIRST
@@ -204,8 +212,8 @@ class SqlStore(DeferringStore):
             until: As in `_seed`.
         """
 
-    def _parts(self, query: LiteralString, last: int = 0) -> Iterator[list[Any]]:
-        while rows := self._read(query, last, COPIED_AT_ONCE):
+    def _parts(self, query: LiteralString, last: int = 0, size: int = COPIED_AT_ONCE) -> Iterator[list[Any]]:
+        while rows := self._read(query, last, size):
             yield rows
             last = rows[-1][0]
 

@@ -17,6 +17,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx.model_directory import export_model
 from serve.api.filters import decode_filter
+from serve.api.rules import MAX_ALLOWED_ITEMS
 from serve.client import Event as SentEvent
 from serve.client import ItemFilter as SentFilter
 from serve.client import RecommenderClient, recommend_request
@@ -25,6 +26,7 @@ from serve.model.directory import read_artifact
 from serve.model.events import Event
 from serve.model.exploration import Exploration
 from serve.model.filters import ItemFilter
+from serve.model.live_catalog import NewestFilters
 from serve.model.popular import POPULARITY
 from serve.model.recommender import Answer, Query, Recommender
 from serve.pb.recommender_pb2 import RecommendRequest, RecommendResponse, Seen
@@ -510,6 +512,29 @@ def test_the_same_tags_in_another_order_are_the_same_filter(free_model: Recommen
     first, second = (decode_filter(request, free_model, free_model.live) for request in (one, other))
     assert first == second == ItemFilter(any_tags=("Action", "Drama"), none_tags=("Horror",))
     assert free_model.filters.blocked(first) is free_model.filters.blocked(second)
+
+
+def test_the_allow_lists_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there is room for; one that is used again is new again."""
+    monkeypatch.setattr("serve.model.live_catalog.MOST_FILTER_BYTES", 100)
+    kept, lists = NewestFilters(), {name: ItemFilter() for name in (b"a", b"b", b"c", b"large")}
+    for name in (b"a", b"b"):
+        kept.put(name, lists[name], 50)
+    assert kept.get(b"a") is lists[b"a"]
+    kept.put(b"c", lists[b"c"], 40)
+    kept.put(b"c", lists[b"c"], 40)
+    assert [kept.get(name) for name in (b"a", b"b", b"c")] == [lists[b"a"], None, lists[b"c"]]
+    kept.put(b"large", lists[b"large"], 101)
+    assert kept.get(b"large") is None
+    assert kept.size == 90
+
+
+def test_the_longest_allow_list_is_kept(free_model: Recommender) -> None:
+    ids = [f"unknown {at:03}" for at in range(MAX_ALLOWED_ITEMS - 1)]
+    request = RecommendRequest(filter={"allow_item_ids": [free_model.catalog.item_ids[1], *ids]})
+    found = decode_filter(request, free_model, free_model.live)
+    assert found is not None
+    assert decode_filter(request, free_model, free_model.live) is found
 
 
 def test_as_many_places_as_a_request_may_ask_for(

@@ -126,7 +126,11 @@ QUERIES = Queries(
     ),
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM jaxrec.events WHERE arrival > %s ORDER BY arrival LIMIT %s"),
     slates=f"SELECT number, {SLATE_COLUMNS} FROM jaxrec.shown WHERE number > %s ORDER BY number LIMIT %s",
-    first_slate="SELECT min(number) FROM jaxrec.shown WHERE timestamp >= %s",
+    # By the index of times. The least number alone would be looked for from the oldest row on.
+    first_slate=(
+        "SELECT count(*), min(number) FROM (SELECT number FROM jaxrec.shown WHERE timestamp >= %s"
+        " ORDER BY timestamp LIMIT %s) AS newest"
+    ),
     shown_items=(
         f"SELECT {SHOWN_ITEM_COLUMNS} FROM jaxrec.shown_items WHERE (recommendation_id, item_id) > (%s, %s)"
         " ORDER BY recommendation_id, item_id LIMIT %s"

@@ -23,23 +23,26 @@ import heapq
 import struct
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 from serve.model.events import Event
 from serve.stores.base import (
+    EVERY_SLATE,
     MOST_DELETIONS,
     MOST_EVENTS,
     MOST_MERGED,
     MOST_SLATES,
+    SOME_SLATES,
     Changes,
     Deleted,
     ShownItem,
     Slate,
     SpilledState,
     Swept,
+    TooManySlates,
     TooManyToMerge,
     UserEvent,
     digest,
@@ -82,7 +85,10 @@ DELETED_AT_ONCE = 1_000
 SLATES_AT_ONCE = 50
 READ_FIRST = 32  # events, to find those that arrived since a revision: mostly there is one
 LISTS = (b"jaxrec:events:", b"jaxrec:neutral:")
+SHOWN = b"jaxrec:shown:"
+LISTS_AT_ONCE = 50
 REVISION = struct.Struct("<q")
+T = TypeVar("T")
 
 
 class RedisStore(RedisCounters, RedisItems):
@@ -291,17 +297,51 @@ class RedisStore(RedisCounters, RedisItems):
 
     def all_events(self, after: int = 0) -> Iterator[Sequence[tuple[int, UserEvent]]]:
         for prefix in LISTS:
-            for key in self._keys(prefix + b"*"):
+            keys = self._keys(prefix + b"*")
+            if after:
+                yield from self._ends(keys, partial(_event_after, prefix, after))
+                continue
+            for key in keys:
                 user_id = key.removeprefix(prefix).decode()
                 for values in self._parts(key):
-                    yield [one for one in (user_event(user_id, value) for value in values) if one[0] > after]
+                    yield [user_event(user_id, value) for value in values]
 
-    def all_slates(self, since: int = 0) -> Iterator[Sequence[Slate]]:
-        prefix = b"jaxrec:shown:"
-        for key in (b"jaxrec:shown", *self._keys(prefix + b"*")):
-            user_id = key.removeprefix(prefix).decode() if key.startswith(prefix) else None
-            for values in self._parts(key):
-                yield [one for one in (slate_of(value, user_id) for value in values) if one.timestamp >= since]
+    def all_slates(self, since: int = 0, most: int = EVERY_SLATE) -> Iterator[Sequence[Slate]]:
+        keys = chain((b"jaxrec:shown",), self._keys(SHOWN + b"*"))
+        if not since:
+            for key in keys:
+                for values in self._parts(key):
+                    yield [slate_of(value, _user_of(key)) for value in values]
+            return
+        count = 0
+        for slates in self._ends(keys, partial(_slate_since, since)):
+            count += len(slates)
+            if count > most:
+                raise TooManySlates
+            yield slates
+
+    def _ends(self, keys: Iterator[bytes], wanted: Callable[[bytes, bytes], T | None]) -> Iterator[list[T]]:
+        """What is wanted of lists, of whose values about the newest are: of each, parts from the newest one back to one
+        without anything.
+
+        Args:
+            keys: Of the lists.
+            wanted: What a value is, by its list; None: it is not wanted.
+        """
+        while some := list(islice(keys, LISTS_AT_ONCE)):
+            start, size = 0, SLATES_AT_ONCE
+            while some:
+                with self._failures("cannot be read"), self._redis.pipeline(transaction=False) as pipeline:
+                    for key in some:
+                        pipeline.lrange(key, -start - size, -start - 1)
+                    parts: list[list[bytes]] = pipeline.execute()
+                longer = []
+                for key, values in zip(some, parts, strict=True):
+                    found = [one for one in (wanted(key, value) for value in values) if one is not None]
+                    yield found
+                    if found and len(values) == size:
+                        longer.append(key)
+                some, start, size = longer, start + size, min(4 * size, SOME_SLATES)
 
     def _finish_deletions(self) -> None:
         """Of long lists, also where another server began; may be broken off, and done by two at once."""
@@ -341,6 +381,20 @@ class RedisStore(RedisCounters, RedisItems):
                 value = REVISION.pack(state.revision) + state.state
                 self._save_state(args=[state.user_id, state.model_version, state.revision, value], client=pipeline)
             pipeline.execute()
+
+
+def _user_of(key: bytes) -> str | None:
+    """Whose slates a list has; None: nobody's."""
+    return key.removeprefix(SHOWN).decode() if key.startswith(SHOWN) else None
+
+
+def _slate_since(since: int, key: bytes, value: bytes) -> Slate | None:
+    one = slate_of(value, _user_of(key))
+    return one if one.timestamp >= since else None
+
+
+def _event_after(prefix: bytes, after: int, key: bytes, value: bytes) -> tuple[int, UserEvent] | None:
+    return user_event(key.removeprefix(prefix).decode(), value) if revision_of(value) > after else None
 
 
 def _lists_of(user_id: str) -> list[bytes]:

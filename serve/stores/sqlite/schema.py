@@ -132,7 +132,10 @@ QUERIES = Queries(
     ),
     events=(f"SELECT arrival, {EVENT_COLUMNS} FROM events WHERE arrival > ? ORDER BY arrival LIMIT ?"),
     slates=f"SELECT number, {SLATE_COLUMNS} FROM shown WHERE number > ? ORDER BY number LIMIT ?",
-    first_slate="SELECT min(number) FROM shown WHERE timestamp >= ?",
+    # By the index of times. The least number alone would be looked for from the oldest row on.
+    first_slate=(
+        "SELECT count(*), min(number) FROM (SELECT number FROM shown WHERE timestamp >= ? ORDER BY timestamp LIMIT ?)"
+    ),
     shown_items=(
         f"SELECT {SHOWN_ITEM_COLUMNS} FROM shown_items WHERE (recommendation_id, item_id) > (?, ?)"
         " ORDER BY recommendation_id, item_id LIMIT ?"

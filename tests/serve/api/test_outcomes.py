@@ -1,4 +1,4 @@
-"""GetOutcomes: the figures of `python -m serve outcomes` for the last time, with bounds, in every store."""
+"""GetOutcomes: the figures of `python -m serve outcomes` for the newest of a log, with bounds, in every store."""
 
 import time
 from collections.abc import Iterator
@@ -10,9 +10,10 @@ from serve.api import outcomes as report
 from serve.api.errors import InvalidRequest, status_of
 from serve.api.outcomes import Asked, OutcomesReport, decode_outcomes
 from serve.event_log.outcomes import outcomes
-from serve.event_log.slates import TooLong, read_slates
+from serve.event_log.slates import NO_EVENTS, TooLong, TooSlow, read_slates
 from serve.model.events import Event
 from serve.pb import model_admin_pb2 as pb
+from serve.serving.errors import Cancelled
 from serve.stores import open_store
 from serve.stores.base import EventStore, Slate, UserEvent
 from tests.serve.stores.databases import DatabaseServer
@@ -85,6 +86,7 @@ def test_one_users_interval_is_absent(store: EventStore, now: int) -> None:
 
 
 def test_an_answer_is_kept_for_some_seconds(store: EventStore, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "KEPT_S", 1e9)
     fill(store, now)
     found = OutcomesReport(store)
     first = found.get(Asked(31 * DAY, 60))
@@ -105,17 +107,55 @@ def test_an_answer_is_kept_for_some_seconds(store: EventStore, now: int, monkeyp
 def test_too_many_recommendations_are_a_status(store: EventStore, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(store, now)
     monkeypatch.setattr(report, "MOST_SLATES", 10)
-    with pytest.raises(TooLong, match=r"more than 10 recommendations in the last .* seconds: ask for a shorter") as no:
+    with pytest.raises(TooLong, match=r"more than 10 recommendations of the last .* seconds: ask for a shorter") as no:
         OutcomesReport(store).get(Asked(31 * DAY, 60))
     assert status_of(no.value).code.name == "FAILED_PRECONDITION"
     assert OutcomesReport(store).get(Asked(9 * HOUR, 60)).outcomes
 
 
+def test_too_many_items_are_a_status(store: EventStore, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few recommendations can have many: of 10 of two items, 20."""
+    fill(store, now)
+    monkeypatch.setattr(report, "MOST_ITEMS", 19)
+    with pytest.raises(TooLong, match=r"more than 19 items in the recommendations of the last"):
+        OutcomesReport(store).get(Asked(10 * HOUR + HOUR // 2, 60))
+    monkeypatch.setattr(report, "MOST_ITEMS", 20)
+    assert OutcomesReport(store).get(Asked(10 * HOUR + HOUR // 2, 60)).outcomes
+
+
+def test_that_a_log_is_too_long_is_kept_too(store: EventStore, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "KEPT_S", 1e9)
+    fill(store, now)
+    found = OutcomesReport(store)
+    monkeypatch.setattr(report, "MOST_SLATES", 10)
+    for _ in range(2):
+        with pytest.raises(TooLong):
+            found.get(Asked(31 * DAY, 60))
+        # It would be short enough now, but is not looked at again.
+        monkeypatch.setattr(report, "MOST_SLATES", 1_000)
+
+
+def test_what_nobody_waits_for_is_not_read_on(store: EventStore, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "KEPT_S", 1e9)
+    fill(store, now)
+    found, asked = OutcomesReport(store), []
+
+    def gone() -> None:
+        asked.append(1)
+        raise Cancelled("gone")
+
+    with pytest.raises(Cancelled):
+        found.get(Asked(31 * DAY, 60), gone)
+    assert asked == [1]
+    assert found.get(Asked(31 * DAY, 60)).outcomes
+
+
 def test_a_log_that_takes_too_long_is_a_status(store: EventStore, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(store, now)
     monkeypatch.setattr(report, "READ_S", 0.0)
-    with pytest.raises(TooLong, match="cannot be read in time"):
+    with pytest.raises(TooSlow, match="cannot be read in time") as no:
         OutcomesReport(store).get(Asked(31 * DAY, 60))
+    assert status_of(no.value).code.name == "DEADLINE_EXCEEDED"
 
 
 def test_recommendations_before_the_events_that_are_read_are_left_out(
@@ -124,12 +164,28 @@ def test_recommendations_before_the_events_that_are_read_are_left_out(
     """Else they would seem to have got no response."""
     fill(store, now)
     monkeypatch.setattr(report, "MOST_EVENTS", 9)
-    monkeypatch.setattr("serve.event_log.slates.FIRST_EVENTS", 1)
+    monkeypatch.setattr("serve.event_log.slates.FIRST_RESPONSES", 1)
     found = OutcomesReport(store).get(Asked(31 * DAY, 60))
     # The events of 54, 57, ..., 78: slates from 54 on count.
     assert found.left_out["from before the events that are read"] == 54
     rate = sum(one.interaction_rate.mean * one.recommendation_count for one in found.outcomes)
     assert rate == pytest.approx(9)
+
+
+def test_an_import_of_old_events_does_not_say_since_when_events_are_read(
+    store: EventStore, now: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are newer than most responses by their arrival, and older by their own times."""
+    fill(store, now, 40)
+    store.record([UserEvent(f"old {at}", f"u{at}", Event("a", None, now - 900 * DAY)) for at in range(30)])
+    fill(store, now, 80)
+    monkeypatch.setattr(report, "MOST_EVENTS", 9 + 30)
+    monkeypatch.setattr("serve.event_log.slates.FIRST_RESPONSES", 1)
+    found = OutcomesReport(store).get(Asked(31 * DAY, 60))
+    assert found.left_out[NO_EVENTS] > 0
+    # Nothing but old events is read: nothing is known of any response.
+    store.record([UserEvent(f"older {at}", f"u{at}", Event("a", None, now - 900 * DAY)) for at in range(39)])
+    assert OutcomesReport(store).get(Asked(31 * DAY, 60)).outcomes == []
 
 
 @pytest.mark.parametrize(

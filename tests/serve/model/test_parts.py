@@ -1,6 +1,7 @@
 """The parts of a score: their sum is the score, for every kind of model, and each is what the model computed."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from serve.model.rules import Boost, Pin, Rules, Subject
 from serve.model.trend import HALF_LIVES_S
 from serve.observability.metrics import Metrics
 from serve.serving.loaded import LoadedModel
+from serve.serving.ruled import Origins, candidates_of
 from serve.stores import open_store
 from serve.stores.base import EventStore
 from serve.stores.base import UserEvent as StoredEvent
@@ -113,16 +115,18 @@ def check(model: Recommender, kind: str, answer: Answer, query: Query) -> None:
         answer.items.tolist(), answer.scores.tolist(), answer.explanations, strict=True
     ):
         parts = explanation.parts
-        assert sum(parts.values()) == pytest.approx(score, rel=2e-4, abs=2e-4)
+        assert sum(parts.values()) == pytest.approx(score, rel=1e-5, abs=1e-5)
         assert list(parts) == sorted(parts)
         assert 0 not in parts.values()
         if answer.policy in FALLBACKS:
             assert set(parts) <= {Part.POPULARITY, Part.BOOST}
             continue
-        # What is left over is said to be of the item's place only where something holds it.
+        # What no part explains would be said to be of the item's place: nothing is left over where nothing holds it.
+        held = answer.origins[item].held if item in answer.origins else 0.0
         assert parts.get(Part.PLACE, 0) <= 0
-        if Part.PLACE in parts:
-            assert moment.new[item]
+        if not moment.new[item]:
+            assert parts.get(Part.PLACE, 0) == pytest.approx(held, abs=1e-6)
+        # A reranker knows the items of the graph alone.
         if kind not in WITH_POLICY:
             assert Part.POLICY not in parts
         if kind == "no trend" or (item <= ITEMS and not model.engine.trend.values[item]):
@@ -130,6 +134,55 @@ def check(model: Recommender, kind: str, answer: Answer, query: Query) -> None:
         assert (Part.BOOST in parts) == any(one.name == "BOOST" for one in answer.applied.get(item, ()))
         if kind != "repeats":
             assert Part.REPEAT not in parts
+
+
+@pytest.fixture
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that pins and boosts bring in items that are not among the best."""
+    monkeypatch.setattr("serve.model.rules.CANDIDATES", 2)
+    monkeypatch.setattr("serve.model.rules.CANDIDATES_OF_A_PLACE", 1)
+
+
+@pytest.mark.usefixtures("few_candidates")
+def test_an_item_that_only_a_rule_made_a_candidate_has_parts(model: Recommender, kind: str, store: EventStore) -> None:
+    history = [Event(model.own_catalog.item_ids[item], 4.0, START + item * DAY) for item in (4, 17, 29)]
+    query = Query(history, ITEMS + 20, explain=True, live=model.live, allow_seen=True)
+    (whole,) = model.recommend([query])
+    rules = Rules(tuple(Boost(Subject(item=item), 100.0) for item in whole.items.tolist()[::5]))
+    found = LoadedModel(model, store, Metrics()).recommend(query._replace(k=2, rules=rules))
+    assert set(found.items.tolist()) & set(found.origins)
+    check(model, kind, found, query._replace(rules=rules))
+
+
+def test_parts_are_of_the_ranking_that_an_item_came_from(model: Recommender, kind: str) -> None:
+    """The trend can change between the rankings that one answer with rules is made of."""
+    history = [Event(model.own_catalog.item_ids[item], 4.0, START + item * DAY) for item in (4, 17, 29)]
+    query = Query(history, 5, explain=True, live=model.live, allow_seen=True)
+    (first,) = model.recommend([query])
+    trend = model.engine.trend
+    others = np.setdiff1d(np.arange(2, ITEMS + 1, 3), first.items).astype(np.int32)
+    try:
+        model.engine.use_counts(np.full((len(HALF_LIVES_S), ITEMS + 1), 7.0, np.float32))
+        (second,) = model.recommend([query._replace(filter=ItemFilter(items=others))])
+    finally:
+        model.engine.trend = trend
+    rules = Rules(pins=tuple(Pin(Subject(item=int(item)), 1 + at) for at, item in enumerate(second.items)))
+    candidates, origins = candidates_of([first, second], rules, model.live), Origins([first, second])
+    answer = replace(first, items=candidates.items, scores=candidates.scores, origins=origins.found)
+    explanations = model.explain(query, replace(answer, explanations=()))
+    assert all(answer.origins[item].basis is second.basis for item in second.items.tolist())
+    if kind != "no trend":
+        assert any(one.held < 0 for one in answer.origins.values())
+    of_second = {item: at for at, item in enumerate(second.items.tolist())}
+    for item, score, explanation in zip(answer.items.tolist(), answer.scores.tolist(), explanations, strict=True):
+        parts = explanation.parts
+        assert sum(parts.values()) == pytest.approx(score, rel=1e-5, abs=1e-5)
+        basis = second.basis if item in of_second else first.basis
+        assert basis is not None
+        if not model.live.catalog.new[item]:
+            assert parts.get(Part.TREND, 0) == pytest.approx(float(basis.trend.values[item]), abs=1e-6)
+            held = score - float(second.scores[of_second[item]]) if item in of_second else 0.0
+            assert parts.get(Part.PLACE, 0) == pytest.approx(held, abs=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -198,7 +251,7 @@ def test_each_part_is_what_the_model_computes(model: Recommender, hybrid: Hybrid
         assert any(held)
 
 
-def test_what_no_part_explains_is_the_policys_or_the_places() -> None:
+def test_what_no_part_explains_is_a_rerankers_or_the_places() -> None:
     scores = np.array([5.0, 5.0, 5.0], np.float32)
     of_lstm = np.array([5.00001, 6.0, 4.0], np.float32)
     of_policy = parts_of_logits(scores, {Part.LSTM: of_lstm}, np.array([False, False, True]))

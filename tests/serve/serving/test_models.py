@@ -15,7 +15,8 @@ import pytest
 
 from bench.model_versions import DAMAGES, add_version, edit_manifest, flip_a_byte, garble_the_manifest
 from serve.api.pages import item_page_token
-from serve.client import RecommenderClient
+from serve.client import RecommenderClient, recommend_request
+from serve.front.limits import SLOW_WORKERS
 from serve.front.server import create_server
 from serve.model.events import Event
 from serve.model.manifest import ArtifactError
@@ -27,7 +28,7 @@ from serve.serving import sweeper
 from serve.serving.errors import RefusedModel, UnknownModel
 from serve.serving.loading import ModelLoader, open_models
 from serve.serving.versions import Division, ModelLibrary, State, position
-from serve.stores.base import EventStore, SpilledState, Swept, UserEvent
+from serve.stores.base import EventStore, Slate, SpilledState, Swept, UserEvent
 
 DEADLINE_S = 30.0
 WATCH_S = 0.05
@@ -324,6 +325,34 @@ def test_changes_by_hand_stop_the_automatic_ones(versions: Path, model_directory
     assert models.automatic
     add_version(versions, model_directory, "6")
     wait_for(lambda: models.versions() == ["6"])
+
+
+def test_outcomes_keep_no_slow_call_waiting(
+    models: ModelLibrary, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many are asked for as there are threads for slow calls, while a log is being read."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def all_slates(*_: object) -> Iterator[list[Slate]]:
+        begun.set()
+        assert goes_on.wait(DEADLINE_S)
+        yield []
+
+    monkeypatch.setattr(store, "all_slates", all_slates)
+    server = create_server(models, store, "127.0.0.1:0")
+    server.start()
+    address = f"127.0.0.1:{server.port}"
+    with grpc.insecure_channel(address) as channel, RecommenderClient(address) as client:
+        asked = [
+            ModelAdminStub(channel).GetOutcomes.future(pb.GetOutcomesRequest(window=window), timeout=DEADLINE_S)
+            for window in range(1, 1 + SLOW_WORKERS)
+        ]
+        assert begun.wait(DEADLINE_S)
+        assert len(client.batch_recommend([recommend_request(user_id="7", k=1)])) == 1
+        assert not any(one.done() for one in asked)
+        goes_on.set()
+        assert [len(one.result().outcomes) for one in asked] == [0] * SLOW_WORKERS
+    server.drain()
 
 
 def test_admin_service(versions: Path, model_directory: Path, models: ModelLibrary, store: EventStore) -> None:

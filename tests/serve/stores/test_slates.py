@@ -1,21 +1,28 @@
 """Slates and the items of them that were shown: found, pruned, and deleted with their user, in every store."""
 
 import random
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from serve.stores import open_store
-from serve.stores.base import Deleted, EventStore, ShownItem, Slate, StoreError
+from serve.stores.base import Deleted, EventStore, ShownItem, Slate, StoreError, TooManySlates
 from serve.stores.copy import copy_log
 from serve.stores.deferred import DeferredWrites
+from serve.stores.postgres.schema import QUERIES as of_postgres
 from serve.stores.redis.store import RedisStore
+from serve.stores.redis.values import slate_of
+from serve.stores.sqlite.schema import QUERIES as of_sqlite
 from tests.serve.stores.slates import log_now, slates_of
 from tests.serve.stores.test_stores import (  # noqa: F401
     SLATE,
     emptied,
     location,
+    numbered,
     servers,
     store,
     user_event,
@@ -129,6 +136,69 @@ def test_a_slate_ahead_of_the_clock_does_not_stop_pruning(store: EventStore) -> 
             break
     assert [one.recommendation_id for one in slates_of(store, "u")] == ["r0"]
     assert {one.recommendation_id for one in all_shown(store)} == {"r0"}
+
+
+@pytest.mark.parametrize("some", [3, 500])
+def test_slates_since_a_time(store: EventStore, some: int, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Of long lists and short ones, of nobody too; also where servers wrote them a second out of order."""
+    monkeypatch.setattr("serve.stores.redis.store.SLATES_AT_ONCE", some)
+    monkeypatch.setattr("serve.stores.sql.SOME_SLATES", some)
+    users = [*["long"] * 40, *[None] * 20, *(f"u{number}" for number in range(60))]
+    slates = [
+        SLATE._replace(recommendation_id=f"r{number}", user_id=user, timestamp=100 + (number ^ 1))
+        for number, user in enumerate(users)
+    ]
+    for one in slates:
+        store.log_slate(one)
+    store.flush()
+    for since in (1, 100, 117, 150, 179, 219, 220):
+        expected = sorted(one.recommendation_id for one in slates if one.timestamp >= since)
+        found = sorted(one.recommendation_id for part in store.all_slates(since, len(expected)) for one in part)
+        assert found == expected
+        if expected:
+            with pytest.raises(TooManySlates):
+                list(store.all_slates(since, len(expected) - 1))
+
+
+def test_slates_since_a_time_are_found_by_their_index(servers, tmp_path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    """And not from the first one on: a log is long, and its newest day short."""
+    path = tmp_path / "s.sqlite"
+    open_store(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute(f"EXPLAIN QUERY PLAN {of_sqlite.first_slate}", (5, 10)).fetchall()
+    plan = " ".join(row[3] for row in rows)
+    assert "SEARCH shown USING COVERING INDEX shown_at (timestamp>?)" in plan
+    assert "TEMP B-TREE" not in plan
+    database = emptied("postgres", servers, tmp_path)
+    with open_store(database) as opened:
+        for number in range(5_000):
+            opened.log_slate(SLATE._replace(recommendation_id=f"r{number}", timestamp=number))
+        opened.flush()
+    with psycopg.connect(database) as connection:
+        connection.execute("ANALYZE jaxrec.shown")
+        connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")
+        connection.execute(f"PREPARE first_slate (bigint, bigint) AS {numbered(of_postgres.first_slate)}")
+        for since in (1, 4_900):
+            rows = connection.execute(f"EXPLAIN EXECUTE first_slate ({since}, 50001)").fetchall()
+            assert any("Index Scan using shown_at" in line for (line,) in rows), rows
+
+
+def test_redis_reads_the_ends_of_lists_alone(servers, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    """It has no index of times, but lists in about their order."""
+    with open_store(emptied("redis", servers, tmp_path)) as opened:
+        for number in range(3_000):
+            opened.log_slate(SLATE._replace(recommendation_id=f"r{number}", timestamp=number))
+            opened.record([user_event(f"e{number}")]) if number % 10 == 0 else None
+        opened.flush()
+        read = []
+        monkeypatch.setattr(
+            "serve.stores.redis.store.slate_of", lambda value, user_id: read.append(1) or slate_of(value, user_id)
+        )
+        assert sum(len(part) for part in opened.all_slates(2_950)) == 50
+        # All of the newest part are of the time, and none of the next one.
+        assert len(read) == 50 + 200
+        after = opened.last_arrival() - 7
+        assert [arrival for part in opened.all_events(after) for arrival, _ in part] == [*range(after + 1, after + 8)]
 
 
 def test_redis_prunes_long_lists_and_many_keys_in_small_steps(servers, tmp_path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
