@@ -117,6 +117,16 @@ def _bound(address: str, bind: Callable[[str], int]) -> int:
         raise AddressError(f"cannot listen on {address}: {error}") from error
 
 
+def _check_doors(listener: Listener, also_listen: Sequence[str], fast: str | None) -> None:
+    if fast is not None and listener.tokens is None and listener.tls is not None and listener.tls.client_ca is not None:
+        raise SecurityError(
+            "the fast front: expected tokens beside tls_client_ca, since it has no TLS and asks for no certificate"
+        )
+    for address in also_listen:
+        if not address.startswith("unix:"):
+            raise AddressError(f"expected unix:PATH, came {address}")
+
+
 def create_server(
     models: Models,
     store: EventStore,
@@ -163,13 +173,7 @@ def create_server(
             on this machine while the address asks for certificates.
     """
     listener = Listener(listener) if isinstance(listener, str) else listener
-    if fast is not None and listener.tokens is None and listener.tls is not None and listener.tls.client_ca is not None:
-        raise SecurityError(
-            "the fast front: expected tokens beside tls_client_ca, since it has no TLS and asks for no certificate"
-        )
-    for address in also_listen:
-        if not address.startswith("unix:"):
-            raise AddressError(f"expected unix:PATH, came {address}")
+    _check_doors(listener, also_listen, fast)
     metrics, gate, shared = metrics or Metrics(), Gate(), shared_loop()
     metrics.know_methods(METHODS)
     metrics.count_under_way(lambda: gate.under_way)
