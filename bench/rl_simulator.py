@@ -39,7 +39,7 @@ from jaxrec.rl.simulated.train import first_learner, roll_out, simulated_updates
 from jaxrec.runs.policy import load_run, policy_in_use
 from jaxrec.runs.rl_simulated import SimulatedTraining, simulated_training
 
-LOGS, SEEDS = ("ml-100k", "ml-latest-small"), 5  # of the page
+LOGS, SEEDS = ("ml-100k", "ml-latest-small"), 3  # of the page
 SUPERVISED, TRAINED, PERMUTED = "supervised", "on-policy", "permuted rewards"
 REPEATS, COUNT = 3, 10  # of the measurement of speed
 
