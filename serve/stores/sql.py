@@ -212,8 +212,8 @@ class SqlStore(DeferringStore):
             until: As in `_seed`.
         """
 
-    def _parts(self, query: LiteralString, last: int = 0, size: int = COPIED_AT_ONCE) -> Iterator[list[Any]]:
-        while rows := self._read(query, last, size):
+    def _parts(self, query: LiteralString, last: int = 0, size: int | None = None) -> Iterator[list[Any]]:
+        while rows := self._read(query, last, size or COPIED_AT_ONCE):
             yield rows
             last = rows[-1][0]
 
