@@ -1,14 +1,14 @@
 """What a view, a dislike and a skip change for the user: in stored and in sent histories, and in the log."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import grpc
 import pytest
-from click.testing import CliRunner
 
 from serve.api.event_types import BUILT_IN, EventTypesError, read_event_types
-from serve.cli.main import main
 from serve.client import Event, RecommenderClient, UserEvent
 from serve.front.server import create_server
 from serve.model.events import Event as StoredEvent
@@ -188,9 +188,10 @@ def test_a_bad_file_of_types_is_refused(text: str, message: str, tmp_path: Path)
 
 
 def test_a_server_says_what_is_wrong_with_its_types(tmp_path: Path) -> None:
-    ended = CliRunner().invoke(main, ["run", "m", "--event-types", str(tmp_path / "none.toml")])
-    assert ended.exit_code == 1
-    assert "none.toml: cannot be read: No such file or directory" in ended.output
+    command = [sys.executable, "-m", "serve", "run", "m", "--event-types", str(tmp_path / "none.toml")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "none.toml: cannot be read: No such file or directory" in ended.stderr
 
 
 def test_a_repeated_dislike_costs_no_replay(
