@@ -48,9 +48,9 @@ REQUEST_TIME = {"jaxrec, without request time": "no", "jaxrec, with request time
 # The rows of README's table of latency, as bench/latency.md calls them.
 SERVERS = {
     "empty call to jaxrec's server": "echo, loop",
-    "empty call to `grpc.server`": "echo, threaded",
     "jaxrec, stored user": "ours, stored user",
-    "jaxrec, stored user, two servers on one port": "ours, stored user, 2 processes",
+    "jaxrec, stored user, fast front": "ours, fast front, stored user",
+    "jaxrec, stored user, fast front behind nginx": "ours, fast front, stored user, nginx",
     "jaxrec, history sent along": "ours, inline history",
     "Triton, features ready": "Triton",
     "MLServer, features ready": "MLServer",
