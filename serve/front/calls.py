@@ -332,7 +332,11 @@ class Calls(grpc.GenericRpcHandler):
                 self.note(call, status.code.name, is_stream=is_stream)
                 if span is not None:
                     span(status.code)
-        await context.abort(status.code, status.message, ((REQUEST_ID_KEY, call.request_id), *status.metadata))
+        try:
+            await context.abort(status.code, status.message, ((REQUEST_ID_KEY, call.request_id), *status.metadata))
+        except grpc.aio.InternalError as error:
+            # The client hung up just now. gRPC would log it as a failure of the server.
+            raise asyncio.CancelledError from error
         raise AssertionError("gRPC's abort raises")
 
     def check_token(self, call: CheckedCall) -> None:

@@ -1,5 +1,6 @@
 """What happens around every call: request ids, statuses with details, metrics, logs and traces."""
 
+import asyncio
 import io
 import json
 import logging
@@ -18,7 +19,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from serve.api.errors import status_of
 from serve.client import Event, RecommenderClient, UserEvent
-from serve.front.calls import REQUEST_ID_KEY
+from serve.front.calls import REQUEST_ID_KEY, Calls
+from serve.front.gate import Gate
 from serve.front.server import create_server
 from serve.model.recommender import Recommender
 from serve.observability.logs import JsonFormatter
@@ -227,3 +229,24 @@ def test_what_the_store_gave_up_is_counted(
     monkeypatch.setattr("serve.stores.deferred.LIMIT", 1)
     store.save_states([SpilledState("u", "v", 1, b"") for _ in range(4)])
     assert metrics.registry.get_sample_value("jaxrec_dropped_log_entries") == 3
+
+
+def test_a_client_that_hangs_up_before_its_status_is_sent_is_no_failure_of_the_server(metrics: Metrics) -> None:
+    """gRPC raises InternalError then, and would log it as an error of the handler; a cancelled call it does not."""
+
+    class HungUp:
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+        def time_remaining(self) -> float:
+            return 1.0
+
+        async def abort(self, *status: Any) -> None:
+            raise grpc.aio.InternalError
+
+    async def refuse(call: Any) -> bytes:
+        raise QueueFull(1, 1.0)
+
+    calls = Calls([], Gate(), metrics, None, None, False)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(calls._around("/a/b", HungUp(), refuse))
