@@ -377,7 +377,12 @@ def test_a_call_that_cannot_be_traced_fails_alone(model: Recommender, store: Eve
 @needs_native
 @pytest.mark.parametrize("here_s", [PATIENCE_S, -1.0], ids=["in its thread", "in another thread"])
 def test_lines_of_the_log_have_the_request_ids_of_their_calls(
-    here_s: float, model: Recommender, store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here_s: float,
+    model: Recommender,
+    store: EventStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Lines(logging.Handler):
         """The request id of each line about a call."""
@@ -388,7 +393,8 @@ def test_lines_of_the_log_have_the_request_ids_of_their_calls(
 
     found: list[tuple[str, str]] = []
     handler, logger = Lines(), logging.getLogger("serve.front.calls")
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    # Not by setting the attribute: loggers remember what they are enabled for, and setLevel makes them forget it.
+    caplog.set_level(logging.INFO, logger.name)
     monkeypatch.setattr(fast, "LONGEST_OWN_RUN_S", here_s)
     held, sockets = Held(monkeypatch), Sockets.of(tmp_path)
     logger.addHandler(handler)
