@@ -122,6 +122,15 @@ class Settings:
         Provider, "What runs the model. auto: CUDA where it works, else the CPU. cuda: fail without CUDA."
     ] = "auto"
     threads: Annotated[int, "Threads within one run of the model. Requests run in parallel anyway."] = 1
+    states: Annotated[
+        int,
+        "USERS",
+        "For how many users to keep in memory what the model has read of them: about 5 KB each, 50 KB with histories of"
+        " thousands of events. Others' are read from the store.",
+    ] = 10_000
+    workers: Annotated[
+        int, "Threads for calls that wait for the store, such as RecordEvents: more for a database that is far away."
+    ] = 8
     event_types: Annotated[
         Path | None,
         "TOML file with a line `name = weight` for each type of events beside the built-in ones. Above 0: part of the"

@@ -140,6 +140,7 @@ def _serve(
             settings.search,
             exploration,
             reranker,
+            settings.states,
         )
         with (
             open_models(
@@ -207,6 +208,7 @@ def _opened(
         slate_log=settings.slate_log,
         slate_retention=settings.slate_retention,
         log_calls=settings.log_calls,
+        workers=settings.workers,
         also_listen=() if http is None else (http.grpc_address,),
         connection_age_s=settings.connection_age,
         fast=settings.fast,

@@ -1,6 +1,6 @@
 """From the opened port to the end of the process: when calls are let in, and what a stop waits for."""
 
-import atexit
+import logging
 import os
 import sys
 import time
@@ -15,6 +15,7 @@ from serve.front.calls import Calls
 from serve.front.gate import Gate
 from serve.front.loop import shared_loop
 from serve.front.restarts import KeptServer
+from serve.observability.tracing import export_spans
 
 if TYPE_CHECKING:
     from serve.front.fast import FastFront
@@ -104,8 +105,9 @@ class RecommenderServer:
 
 def leave_process(status: int = 0) -> NoReturn:
     """Ends the process after `finish_calls`: calls that came too late see a closed connection, which is UNAVAILABLE."""
-    # Its handlers flush logs, traces and profiles.
-    atexit._run_exitfuncs()
+    # Python would wait for threads that are cut off, and crash on gRPC's; so what is to be written at the end is here.
+    export_spans()
+    logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,10 +1,11 @@
 """How many threads, calls, connections and bytes a server allows."""
 
 from serve.api.rules import MAX_MESSAGE_BYTES
+from serve.settings import DEFAULTS
 
 # Threads for what neither the event loop answers nor runs the model for many rows: RecordEvents, which waits for the
 # disk, and most else.
-WORKERS = 8
+WORKERS: int = DEFAULTS["workers"]
 # For what runs the model for many rows, reads long histories, or explains.
 SLOW_WORKERS = 3
 # A history of 300 events. To decode and check the longest that is allowed takes as long as a run of the model.

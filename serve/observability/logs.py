@@ -1,6 +1,5 @@
 """Log lines as JSON objects, each with the id of the request that it is about."""
 
-import atexit
 import json
 import logging
 import sys
@@ -135,6 +134,11 @@ class DetachedHandler(logging.Handler):
             self._lines.put(None, timeout=timeout_s)
             self._thread.join(timeout_s)
 
+    def close(self) -> None:
+        """By `logging.shutdown`, which Python calls when it ends."""
+        self.finish()
+        super().close()
+
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
             # Nobody could be told.
@@ -165,4 +169,3 @@ def start_logging(formatter: logging.Formatter, stream: TextIO | None = None, *,
     handler.setFormatter(formatter)
     handler.addFilter(Repeated())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    atexit.register(handler.finish)

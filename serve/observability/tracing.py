@@ -59,9 +59,22 @@ class Tracer:
 
 def tracer_of_the_process() -> Tracer | None:
     """A tracer if this process set up OpenTelemetry before, else None."""
+    return None if _provider() is None else Tracer()
+
+
+def export_spans() -> None:
+    """Exports the spans that are left, for the end of the process; from then on there are no more."""
+    provider = _provider()
+    if provider is not None:
+        provider.shutdown()
+
+
+def _provider() -> Any | None:
+    """The provider of the process; None: it has none."""
     trace = sys.modules.get("opentelemetry.trace")
     if trace is None:
         return None
+    provider = trace.get_tracer_provider()
     # Without a set-up the provider is a stand-in that records nothing.
-    real = "opentelemetry.sdk.trace" in sys.modules and hasattr(trace.get_tracer_provider(), "add_span_processor")
-    return Tracer() if real else None
+    real = "opentelemetry.sdk.trace" in sys.modules and hasattr(provider, "add_span_processor")
+    return provider if real else None

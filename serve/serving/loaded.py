@@ -28,7 +28,7 @@ from serve.serving.ruled import (
     rerank_request,
     without_full_tags,
 )
-from serve.serving.states import StateCache
+from serve.serving.states import STATES_CAPACITY, StateCache
 from serve.stores.base import EventStore
 
 # Queries of one call in the queue at a time, so that it leaves room for other calls.
@@ -49,11 +49,13 @@ class LoadedModel:
         metrics: Metrics,
         exploration: Exploration | None = None,
         reranker: Reranker | None = None,
+        states: int = STATES_CAPACITY,
     ) -> None:
+        """`states`: for how many users to keep them in memory."""
         self.model = model
         self.exploration = exploration
         self._reranker = reranker
-        self.states = StateCache(model, store)
+        self.states = StateCache(model, store, states)
         self._store = store
         self._metrics = metrics
         # A run of the first has no row of the second, whose rows take longer; the states of users they read in turns.

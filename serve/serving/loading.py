@@ -19,6 +19,7 @@ from serve.serving.catalogue import REFRESH_S as CATALOGUE_REFRESH_S
 from serve.serving.catalogue import CatalogueRefresher
 from serve.serving.loaded import LoadedModel
 from serve.serving.reranker import Reranker
+from serve.serving.states import STATES_CAPACITY
 from serve.serving.sweeper import StateSweeper
 from serve.serving.trend import REFRESH_S, TrendRefresher
 from serve.serving.versions import WATCH_S, ModelLibrary
@@ -41,6 +42,7 @@ class ModelLoader:
     search: SearchBy = "auto"
     exploration: Exploration | None = None
     reranker: Reranker | None = None
+    states: int = STATES_CAPACITY
 
     def load(self, directory: Path, verified: Callable[[], None] = lambda: None) -> LoadedModel:
         """Raises ArtifactError for a directory that cannot be served, and ProviderError.
@@ -53,7 +55,7 @@ class ModelLoader:
         verified()
         model = Recommender(artifact, self.provider, self.threads, self.search)
         warm_up(model)
-        return LoadedModel(model, self.store, self.metrics, self.exploration, self.reranker)
+        return LoadedModel(model, self.store, self.metrics, self.exploration, self.reranker, self.states)
 
 
 def open_models(

@@ -40,9 +40,10 @@ from serve.model.ranking.live_trend import Blocked, Trend
 from serve.model.recommender import Answer, Query, Recommender
 from serve.model.repeat import SeenScores, item_stats, updated_stats
 from serve.serving.user_state import UserState, empty_state
+from serve.settings import DEFAULTS
 from serve.stores.base import MOST_EVENTS, Changes, EventStore, SpilledState
 
-STATES_CAPACITY = 10_000
+STATES_CAPACITY: int = DEFAULTS["states"]
 """Users; with a state of 512 numbers and histories of 50 events about 5 KB each."""
 
 # From so many new events on, one run over the history costs less than a step for each of them.

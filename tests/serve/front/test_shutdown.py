@@ -191,3 +191,24 @@ def test_a_call_that_takes_too_long_does_not_hold_the_end(model: Recommender, st
         assert not under_way.done()
         goes_on.set()
         server.drain()
+
+
+def test_the_end_writes_the_log_and_the_spans_and_waits_for_no_exit_handler_of_others() -> None:
+    program = """
+import atexit, logging, sys, threading
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+from serve.front.lifecycle import leave_process
+from serve.observability.logs import start_logging
+trace.set_tracer_provider(TracerProvider())
+trace.get_tracer_provider().add_span_processor(BatchSpanProcessor(ConsoleSpanExporter()))
+atexit.register(threading.Event().wait)
+start_logging(logging.Formatter("%(message)s"))
+with trace.get_tracer("test").start_as_current_span("the last span"):
+    logging.info("the last line")
+leave_process(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (ended.returncode, ended.stderr) == (3, "the last line\n")
+    assert "the last span" in ended.stdout

@@ -416,3 +416,12 @@ def test_rolling_back_undoes_a_trial_of_another_version(
     models.set_traffic({"2": 0.9, "0": 0.1})
     assert models.roll_back() == "2"
     assert models.shares() == [("2", 1.0)]
+
+
+def test_as_many_states_are_kept_as_are_asked_for(model_directory: Path, store: EventStore) -> None:
+    users = ["ada", "bob", "cyd"]
+    store.record([UserEvent(f"e-{user}", user, Event("1007", None, 1)) for user in users])
+    model = ModelLoader(store, Metrics(), "cpu", states=2).load(model_directory)
+    for user in users:
+        model.recommend(Query([], k=5, user_id=user))
+    assert [model.states.has(user) for user in users] == [False, True, True]

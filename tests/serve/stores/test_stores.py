@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import re
+import select
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -428,6 +430,63 @@ def test_postgres_is_connected_to_without_options_which_poolers_refuse(
             assert connection.execute("SHOW statement_timeout").fetchone() == ("5s",)
         # It is for this transaction alone: a pooler lends the connection to others.
         assert connection.execute("SHOW statement_timeout").fetchone() == ("0",)
+
+
+class Relay:
+    """Between a database and one client, counting how often the client waits for an answer."""
+
+    def __init__(self, port: int) -> None:
+        self.waits = 0
+        self._server = socket.create_connection(("127.0.0.1", port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        client, _ = self._listener.accept()
+        others, answered = {client: self._server, self._server: client}, True
+        with self._listener, client, self._server:
+            while True:
+                for one in select.select(list(others), (), ())[0]:
+                    content = one.recv(2**16)
+                    if not content:
+                        return
+                    self.waits += one is client and answered
+                    answered = one is not client
+                    others[one].sendall(content)
+
+    def join(self) -> None:
+        self._thread.join(DEADLINE_S)
+
+
+def test_a_read_waits_once_for_postgres(servers: dict[str, DatabaseServer], tmp_path: Path) -> None:
+    location = emptied("postgres", servers, tmp_path)
+    with open_store(location) as store:
+        store.record([user_event("e", "a"), user_event("f", "b")._replace(user_id="w")])
+    port = int(location.rpartition(":")[2].partition("/")[0])
+    relay = Relay(port)
+    with open_store(location.replace(f":{port}/", f":{relay.port}/")) as store:
+        store.revision("u")
+        waits = relay.waits
+        assert store.revisions(["u", "w", "x"]) == {"u": 1, "w": 2, "x": 0}
+        assert [event.item_id for event in store.history("u")] == ["a"]
+        assert relay.waits == waits + 2
+    relay.join()
+
+
+def test_a_read_of_postgres_that_takes_too_long_fails_and_the_next_one_works(
+    servers: dict[str, DatabaseServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.stores.postgres.store.STATEMENT_TIMEOUT_MS", "100")
+    location = emptied("postgres", servers, tmp_path)
+    with open_store(location) as store, psycopg.connect(location) as other:
+        store.record([user_event("e", "a")])
+        other.execute("LOCK TABLE jaxrec.users")
+        with pytest.raises(StoreError, match="statement timeout"):
+            store.revision("u")
+        other.rollback()
+        assert store.revision("u") == 1
 
 
 def test_a_recommendation_is_logged_once(store: EventStore) -> None:
