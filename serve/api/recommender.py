@@ -103,14 +103,16 @@ class RecommenderServicer(recommender_pb2_grpc.RecommenderServicer):
         """Whether a request needs reasons, the candidates of rules or of the server's own re-ranker, what was
         recommended lately, a history as of an earlier time, or the stored one with events that are sent along: many
         rows for the model, and reads of the store."""
-        both = request.user_id and request.HasField("history")
-        if request.explain or request.HasField("rules") or request.not_shown_within > 0 or both:
+        user_id = request.user_id
+        both = user_id and request.HasField("history")
+        if both or request.explain or request.HasField("rules") or request.not_shown_within > 0:
             return True
-        if self._loaded(request).has_reranker:
+        loaded = self._loaded(request)
+        if loaded.has_reranker:
             return True
-        if not (request.user_id and request.HasField("request_time")):
+        if not (user_id and request.HasField("request_time")):
             return False
-        return self._loaded(request).asks_for_the_past(request.user_id, request.request_time)
+        return loaded.asks_for_the_past(user_id, request.request_time)
 
     def _logged(self, request: pb.RecommendRequest, answer: Recommendation) -> pb.RecommendResponse:
         """The response, once it is known that it can be sent and the answer is in the log."""

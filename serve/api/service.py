@@ -283,20 +283,21 @@ class RecommenderService:
             self._metrics.events(positive_count(query.events) - answer.ignored_event_count, answer.ignored_event_count)
         if not is_logged(query.user_id or recommendation_id, self._slate_log):
             return
-        item_ids = live.catalog.item_ids
+        item_ids, excluded = live.catalog.item_ids, dict[int, None]()
         withheld = () if query.withheld is None else query.withheld.items
-        excluded = dict.fromkeys([*live.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
-        options = {
-            "filter": query.filter,
-            "seen": query.allow_seen is not None,
-            "new_item_slots": query.new_item_slots,
-            "not_shown_within": query.not_shown_within,
-            "history": query.events and query.user_id is not None,
-            "model_version": query.model_version,
-            "catalogue": withheld is None,
-            "rules": query.rules is not None,
-            "reranker": loaded.reranks(query),
-        }
+        if query.exclude_item_ids or answer.disliked or withheld:
+            excluded = dict.fromkeys([*live.indices(query.exclude_item_ids), *answer.disliked, *(withheld or ())])
+        options = (
+            ("filter", query.filter),
+            ("seen", query.allow_seen is not None),
+            ("new_item_slots", query.new_item_slots),
+            ("not_shown_within", query.not_shown_within),
+            ("history", query.events and query.user_id is not None),
+            ("model_version", query.model_version),
+            ("catalogue", withheld is None),
+            ("rules", query.rules is not None),
+            ("reranker", loaded.reranks(query)),
+        )
         self._store.log_slate(
             Slate(
                 recommendation_id=recommendation_id,
@@ -311,7 +312,7 @@ class RecommenderService:
                 excluded_item_ids=tuple([item_ids[item] for item in excluded]),
                 trend_time=None if answer.counted is None else answer.counted.time,
                 trend_arrival=None if answer.counted is None else answer.counted.arrival,
-                request_options=tuple([name for name, given in options.items() if given]),
+                request_options=tuple([name for name, given in options if given]),
             ),
             started=query.started,
         )

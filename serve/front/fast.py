@@ -33,7 +33,7 @@ from serve.front.limits import LONG_MESSAGE_BYTES, MAX_CALLS_OF_A_CONNECTION, ME
 from serve.front.pool import Pool, interrupted
 from serve.observability.logs import REQUEST_ID
 from serve.pb import recommender_pb2 as pb
-from serve.serving.batching import LARGEST_BATCH, QUEUE_CAPACITY, RETRY_AFTER_S
+from serve.serving.batching import LARGEST_BATCH, QUEUE_CAPACITY, RETRY_AFTER_S, OnDone
 from serve.serving.errors import Cancelled, Expired, QueueFull
 from serve.serving.loaded import LoadedModel
 
@@ -230,15 +230,21 @@ class FastFront:
         self._slow.check()
         self._slow.start(partial(self._answer_slowly, call, message), partial(self._slowly_answered, call))
 
-    def _ranked(self, call: FastCall) -> Callable[[], None] | None:
-        """The run of the model for a call is over; in any thread. Returns what is to be done once the others of the
-        run have their answers too."""
+    def _ranked(self, call: FastCall) -> OnDone | None:
+        """The run of the model for a call is over; in any thread. Returns what sends its answer: those of a run leave
+        together, since each by itself wakes the native part."""
         with self._beginning:
             pass
         REQUEST_ID.set(call.request_id)
         assert call.begun is not None
         try:
-            answered = call.begun.answer()
+            return partial(self._send, call, call.begun.answer())
+        except Exception as error:
+            self._fail(call, error)
+            return None
+
+    def _send(self, call: FastCall, answered: Answered) -> OnDone | None:
+        try:
             self._respond(call, answered.response)
         except Exception as error:
             self._fail(call, error)

@@ -35,6 +35,9 @@ class KnownEvent(NamedTuple):
     timestamp: int
 
 
+_TIME, _WEIGHT = attrgetter("timestamp"), attrgetter("weight")
+
+
 def known_events(events: Sequence[Event], catalog: Catalog) -> list[KnownEvent]:
     """The positive events on items that the model knows, by timestamp; equal timestamps keep their order."""
     index = catalog.index
@@ -43,13 +46,13 @@ def known_events(events: Sequence[Event], catalog: Catalog) -> list[KnownEvent]:
         for item_id, rating, timestamp, weight in events
         if weight > 0 and item_id in index
     ]
-    known.sort(key=attrgetter("timestamp"))
+    known.sort(key=_TIME)
     return known
 
 
 def positive_count(events: Sequence[Event]) -> int:
     """How many of the events are positive."""
-    return sum(event.weight > 0 for event in events)
+    return sum([event.weight > 0 for event in events])
 
 
 def disliked_items(events: Sequence[Event], catalog: Catalog) -> list[int]:
@@ -62,7 +65,7 @@ def disliked_items(events: Sequence[Event], catalog: Catalog) -> list[int]:
     Returns:
         Item indices, each once, without items that the model does not know.
     """
-    if all(event.weight >= 0 for event in events):
+    if min(map(_WEIGHT, events), default=0) >= 0:
         return []
     return list(with_dislikes((), sorted(events, key=attrgetter("timestamp")), catalog))
 
@@ -108,7 +111,7 @@ def unknown_items(events: Iterable[Event], catalog: Catalog, before: UnknownItem
         MOST_UNKNOWN of them at most, without those that have neutral events only: those that the user does not want
         before all others, then the last ones.
     """
-    new = [event for event in events if event.weight and event.item_id not in catalog.index]
+    new = [event for event in events if event.item_id not in catalog.index and event.weight]
     if not new:
         return before
     new.sort(key=attrgetter("timestamp"))

@@ -56,7 +56,7 @@ def features(
     """
     repeat, row = info.repeat, history_features(events, info)
     allowed = repeat is not None if allow_seen is None else allow_seen
-    excluded = exclude if allowed else [*(event.item for event in events), *exclude]
+    excluded = exclude if allowed else [*[event.item for event in events], *exclude]
     seen = None
     if repeat is not None:
         seen = repeat.scores_of(item_stats(events), len(events), events[-1].timestamp, request_time)
@@ -76,23 +76,24 @@ def history_features(events: Sequence[KnownEvent], info: ModelInfo) -> Features:
     all the same.
     """
     fed = events[-info.max_history :]
-    timestamps = np.array([event.timestamp for event in fed], np.int64)
+    items, ratings, times = zip(*fed, strict=True)
+    timestamps = np.array(times, np.int64)
     gap = np.empty(len(fed), np.float32)
     gap[0] = fed[0].timestamp - events[-len(fed) - 1].timestamp if len(events) > len(fed) else -1
     gap[1:] = timestamps[1:] - timestamps[:-1]
     return Features(
-        item=np.array([event.item for event in fed], np.int32),
-        rating=unit_ratings(fed, info.rating_scale, missing=-1),
+        item=np.array(items, np.int32),
+        rating=unit_ratings(ratings, info.rating_scale, missing=-1),
         gap=gap,
         request_gap=-1.0,
         exclude=np.zeros(0, np.int32),
     )
 
 
-def unit_ratings(events: Sequence[KnownEvent], scale: RatingScale | None, missing: float) -> NDArray[np.float32]:
-    """Ratings on 0..1 as `[n]`, with `missing` for an event without one, or for all when there is no scale."""
+def unit_ratings(ratings: Sequence[float | None], scale: RatingScale | None, missing: float) -> NDArray[np.float32]:
+    """Ratings on 0..1 as `[n]`, with `missing` for None, or for all when there is no scale."""
     if scale is None:
-        return np.full(len(events), missing, np.float32)
-    ratings = scale.scaled(np.array([event.rating for event in events], np.float64))
-    ratings[np.isnan(ratings)] = missing
-    return ratings.astype(np.float32)
+        return np.full(len(ratings), missing, np.float32)
+    scaled = scale.scaled(np.array(ratings, np.float64))
+    scaled[np.isnan(scaled)] = missing
+    return scaled.astype(np.float32)

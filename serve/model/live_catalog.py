@@ -166,6 +166,8 @@ class LiveCatalog:
             The items; None: every item may be answered.
         """
         of_time = self.withheld_now if request_time is None else self.withheld_from
+        if not len(self.boundaries):
+            return of_time(ALWAYS)
         at = int(self.boundaries.searchsorted(int(time.time()) if request_time is None else request_time, "right"))
         return of_time(int(self.boundaries[at - 1]) if at else ALWAYS)
 

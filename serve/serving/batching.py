@@ -32,9 +32,9 @@ RUNNERS = ThreadPoolExecutor(4, "model-run")
 """Each runs the model for one batcher at a time."""
 
 IsCancelled = Callable[[], bool]
-OnDone = Callable[[], Callable[[], object] | None]
-"""Called when a request is done, in any thread. What it returns is called once all requests of the run were told: what
-need not be done before the others have their answers."""
+OnDone = Callable[[], "OnDone | None"]
+"""Called when a request is done, in any thread. What it returns is called once all requests of the run were told, and
+so on: what need not be done before the others are as far."""
 
 
 class Run(NamedTuple):
@@ -279,10 +279,9 @@ class Batcher:
 
 def _tell(batch: Sequence[Pending]) -> None:
     """Requests are done."""
-    left = [pending.on_done() for pending in batch]
-    for work in left:
-        if work is not None:
-            work()
+    left: Sequence[OnDone] = [pending.on_done for pending in batch]
+    while left:
+        left = [more for work in left if (more := work()) is not None]
 
 
 def _nothing() -> None:

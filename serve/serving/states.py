@@ -291,7 +291,7 @@ class StateCache:
         else:
             user.exclude = np.concatenate([user.exclude, np.array([[event.item for event in known]], np.int32)], axis=1)
         user.known_count += len(known)
-        ratings = unit_ratings(known, self._model.info.rating_scale, missing=-1)
+        ratings = unit_ratings([event.rating for event in known], self._model.info.rating_scale, missing=-1)
         for at, event in enumerate(known):
             if user.after is None:
                 nothing = np.zeros((1, 1), np.int32)

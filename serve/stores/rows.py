@@ -102,14 +102,22 @@ SLATE_COLUMNS = (
 )
 
 
+# Not `json.dumps`, which makes an encoder at each call that has options.
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _encoded(values: Sequence[object]) -> str:
+    return _encode(values) if values else "[]"
+
+
 def slate_row(one: Slate) -> tuple[str | int | float | None, ...]:
     """SLATE_COLUMNS as SQL databases have them: lists are JSON."""
     return (
         *(one.recommendation_id, one.user_id),
-        *(json.dumps(one.item_ids, ensure_ascii=False), json.dumps(one.log_propensities)),
+        *(_encoded(one.item_ids), _encoded(one.log_propensities)),
         *(one.policy, one.model_version, one.timestamp, one.temperature, one.request_time),
-        *(json.dumps(one.excluded_item_ids, ensure_ascii=False), one.trend_time, one.trend_arrival),
-        json.dumps(one.request_options),
+        *(_encoded(one.excluded_item_ids), one.trend_time, one.trend_arrival),
+        _encoded(one.request_options),
     )
 
 
