@@ -44,6 +44,7 @@ from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from bench.fronts import deployed, fast_option
 from serve.api.rules import MAX_BATCH, MAX_BATCH_ITEMS, MAX_BATCH_METADATA, MAX_BATCH_RULED, MAX_ID_LENGTH, MAX_K
 from serve.client import Connection, Event, RecommenderClient, UserEvent, recommend_request
 from serve.http.limits import MAX_CONNECTIONS
@@ -60,7 +61,6 @@ from serve.pb.recommender_pb2 import (
     TrendingResponse,
 )
 from tests.serve.front.test_security import Authority
-from tests.serve.process import running_server
 
 CALLERS = 64
 HTTP_CALLERS = 16
@@ -803,7 +803,8 @@ def _flaw(attack: HttpAttack, status: int, body: bytes, with_tokens: bool) -> st
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--http", "over_http", is_flag=True, help="Over HTTP, not over gRPC.")
 @click.option("--tls", "over_tls", is_flag=True, help="With --http: over TLS, with tokens.")
-def main(model: Path, requests: int, seed: int, over_http: bool, over_tls: bool) -> None:
+@fast_option
+def main(model: Path, requests: int, seed: int, over_http: bool, over_tls: bool, fast: bool) -> None:
     """Attack the server on the model directory MODEL."""
     from serve.model.directory import read_artifact
 
@@ -817,12 +818,15 @@ def main(model: Path, requests: int, seed: int, over_http: bool, over_tls: bool)
             (Path(folder) / "tokens").write_text(f"read,write,users,catalogue,admin {token}\n")
             options += ("--tls-cert", str(certificate), "--tls-key", str(key))
             options += ("--tokens-file", str(Path(folder) / "tokens"))
-        with running_server(model, Path(folder) / "events.sqlite", options=options, stderr=log) as server:
+        with deployed(model, Path(folder) / "events.sqlite", Path(folder), fast=fast, options=options, stderr=log) as (
+            server,
+            address,
+        ):
             rest = (server.process.pid, item_ids, requests, seed, lambda line: click.echo(line, err=True))
             if over_http:
                 outcome = attack_http(server.address, server.line.split(" and ")[1].split(" ")[0], *rest, ca, token)
             else:
-                outcome = attack_server(server.address, *rest)
+                outcome = attack_server(address, *rest)
             alive = server.process.poll() is None
         errors = (Path(folder) / "log").read_text(encoding="utf-8").count('"level": "ERROR"')
     click.echo(f"{outcome.hostile} hostile and {outcome.good} good requests, seed {seed}; the server lives: {alive}")

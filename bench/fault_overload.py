@@ -3,11 +3,13 @@
 python -m bench.fault_overload MODEL --seconds 60
 
 h2load asks for stored users. Capacity is what the server answers when `--callers` callers each wait for their answer;
-then new calls come at five times that rate whether answered or not. How many were answered, and how many turned away,
-the server's metrics say; how long an accepted call takes, a client that checks each answer and measures beside it.
+then new calls come at five times that rate whether answered or not. How many were answered, the server's metrics say;
+all others were turned away, by the server or by nginx. How long an accepted call takes, a client that checks each answer
+measures beside it.
 """
 
 import contextlib
+import re
 import subprocess
 import tempfile
 import threading
@@ -20,13 +22,13 @@ import click
 import grpc
 import numpy as np
 
+from bench.fronts import deployed, fast_option
 from bench.load import GRPC_HEADERS, framed, require_h2load
 from serve.client import RecommenderClient, UserEvent
 from serve.model.directory import read_artifact
 from serve.pb.recommender_pb2 import RecommendRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
 from tests.ports import reserved_port
-from tests.serve.process import running_server
 
 FACTOR = 5
 EVENTS = 50
@@ -69,18 +71,20 @@ class Overloaded:
     codes: set[str]
 
 
-def overload(model: Path, seconds: float, callers: int, connections: int, folder: Path) -> Overloaded:
+def overload(
+    model: Path, seconds: float, callers: int, connections: int, folder: Path, *, fast: bool = False
+) -> Overloaded:
     """Measures capacity for a while, then offers a multiple of it for `seconds` seconds."""
     with contextlib.ExitStack() as stack:
         metrics = f"127.0.0.1:{stack.enter_context(reserved_port())}"
         options = ["--watch", "0", "--metrics", metrics]
-        server = stack.enter_context(running_server(model, folder / "events.sqlite", provider="cpu", options=options))
-        _record(server.address, read_artifact(model).catalog.item_ids)
+        _, address = stack.enter_context(deployed(model, folder / "events.sqlite", folder, fast=fast, options=options))
+        _record(address, read_artifact(model).catalog.item_ids)
         body = folder / "body"
         body.write_bytes(framed(RecommendRequest(user_id="1", k=10).SerializeToString()))
-        url = f"http://{server.address}{METHOD}"
+        url = f"http://{address}{METHOD}"
         probed, stop = Probed(), threading.Event()
-        probe = threading.Thread(target=_probe, args=[server.address, stop, probed])
+        probe = threading.Thread(target=_probe, args=[address, stop, probed])
         probe.start()
         try:
             closed = [f"-c{connections}", f"-m{callers // connections}"]
@@ -92,7 +96,7 @@ def overload(model: Path, seconds: float, callers: int, connections: int, folder
             capacity_p99 = probed.p99_ms(start, end)
             rate = round(FACTOR * capacity / connections)
             before, start = _answered(metrics), time.monotonic()
-            _load(url, body, [f"-c{connections}", "-m1000", f"--rps={rate}"], seconds)
+            done = _load(url, body, [f"-c{connections}", "-m1000", f"--rps={rate}"], seconds)
             end = time.monotonic()
             after = _answered(metrics)
             recovery_s = _recovery_s(probed, end, 2 * capacity_p99)
@@ -100,13 +104,13 @@ def overload(model: Path, seconds: float, callers: int, connections: int, folder
             stop.set()
             probe.join()
         goodput = _rate(before, after, "OK", end - start)
-        turned_away = _rate(before, after, "RESOURCE_EXHAUSTED", end - start)
+        offered = done / (end - start)
         return Overloaded(
             capacity=capacity,
             capacity_p99=capacity_p99,
-            offered=goodput + turned_away,
+            offered=offered,
             goodput=goodput,
-            turned_away=turned_away,
+            turned_away=offered - goodput,
             accepted_p99=probed.p99_ms(start, end),
             recovery_s=recovery_s,
             codes=set(probed.codes),
@@ -127,11 +131,15 @@ def _record(address: str, item_ids: tuple[str, ...]) -> None:
             )
 
 
-def _load(url: str, body: Path, how: list[str], seconds: float) -> None:
+def _load(url: str, body: Path, how: list[str], seconds: float) -> int:
+    """How many calls ended, with whatever status."""
     command = ["h2load", "-t1", *how, f"-D{round(seconds * 1e3)}ms", "-d", str(body)]
-    subprocess.run(
-        [*command, *(part for header in GRPC_HEADERS for part in ("-H", header)), url], capture_output=True, check=True
-    )
+    command += [part for header in GRPC_HEADERS for part in ("-H", header)]
+    said = subprocess.run([*command, url], capture_output=True, text=True, check=True).stdout
+    done = re.search(r"(\d+) done", said)
+    if done is None:
+        raise click.ClickException(f"h2load answered what is not understood: {said}")
+    return int(done[1])
 
 
 def _answered(metrics: str) -> dict[str, float]:
@@ -186,11 +194,12 @@ def _recovery_s(probed: Probed, end: float, good_ms: float) -> float:
 @click.option("--seconds", type=click.FloatRange(1), default=60.0, help="How long the overload lasts.")
 @click.option("--callers", type=click.IntRange(1), default=128, help="Callers at capacity.")
 @click.option("--connections", type=click.IntRange(1), default=4, help="Of all callers together.")
-def main(model: Path, seconds: float, callers: int, connections: int) -> None:
+@fast_option
+def main(model: Path, seconds: float, callers: int, connections: int, fast: bool) -> None:
     """Measure the goodput of MODEL's server at five times its capacity."""
     require_h2load()
     with tempfile.TemporaryDirectory() as folder:
-        found = overload(model, seconds, callers, connections, Path(folder))
+        found = overload(model, seconds, callers, connections, Path(folder), fast=fast)
     click.echo(
         f"capacity {found.capacity:.0f}/s with {callers} callers on {connections} connections, p99"
         f" {found.capacity_p99:.0f} ms; offered"

@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 import grpc
 
+from bench.fronts import deployed, fast_option
 from bench.model_versions import DAMAGES, add_version
 from serve.model.directory import read_artifact
 from serve.model.events import Event as HistoryEvent
@@ -27,7 +28,6 @@ from serve.model.recommender import Query, Recommender
 from serve.pb import model_admin_pb2, recommender_pb2
 from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from tests.serve.process import running_server
 
 CALLERS = 4
 K = 10
@@ -50,7 +50,7 @@ class Reloaded:
     memory_mb: list[float] = field(default_factory=list)
 
 
-def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path) -> Reloaded:
+def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path, *, fast: bool = False) -> Reloaded:
     """Puts so many versions of two models into a watched directory in `folder` while callers ask."""
     result = Reloaded()
     item_ids = read_artifact(models[0]).catalog.item_ids
@@ -60,14 +60,15 @@ def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path) -> Relo
     add_version(directory, models[0], _name(0, 0))
     stop = threading.Event()
     with (
-        running_server(
-            directory, folder / "events.sqlite", provider="cpu", options=["--watch", str(WATCH_S)]
-        ) as server,
-        grpc.insecure_channel(server.address) as channel,
+        deployed(directory, folder / "events.sqlite", folder, fast=fast, options=["--watch", str(WATCH_S)]) as (
+            server,
+            address,
+        ),
+        grpc.insecure_channel(address) as channel,
         ThreadPoolExecutor(CALLERS) as threads,
     ):
         callers = [
-            threads.submit(_ask, server.address, _request(history), caller, expected, stop, result)
+            threads.submit(_ask, address, _request(history), caller, expected, stop, result)
             for caller, history in enumerate(histories)
         ]
         admin = ModelAdminStub(channel)
@@ -165,11 +166,12 @@ def _memory_mb(pid: int) -> float:
 @click.argument("model_a", type=click.Path(exists=True, path_type=Path))
 @click.argument("model_b", type=click.Path(exists=True, path_type=Path))
 @click.option("--reloads", type=click.IntRange(3), default=200)
-def main(model_a: Path, model_b: Path, reloads: int) -> None:
+@fast_option
+def main(model_a: Path, model_b: Path, reloads: int, fast: bool) -> None:
     """Reload two models in turn, a third of the versions damaged, under load."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = reload_rounds((model_a, model_b), reloads, Path(folder))
+        result = reload_rounds((model_a, model_b), reloads, Path(folder), fast=fast)
     tenth = max(len(result.memory_mb) // 10, 1)
     early, late = (statistics.median(part) for part in (result.memory_mb[:tenth], result.memory_mb[-tenth:]))
     click.echo(

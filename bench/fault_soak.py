@@ -21,11 +21,11 @@ import click
 import grpc
 import numpy as np
 
+from bench.fronts import deployed, fast_option
 from serve.client import UserEvent
 from serve.model.directory import read_artifact
 from serve.pb.recommender_pb2 import DeleteUserRequest, RecommendRequest, RecordEventsRequest, SimilarItemsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from tests.serve.process import running_server
 
 CALLERS = 4
 USERS = 2000
@@ -63,20 +63,20 @@ class Soaked:
         return float(np.polyfit(at_s, memory_mb, 1)[0]) * 3600
 
 
-def soak(model: Path, seconds: float, folder: Path) -> Soaked:
+def soak(model: Path, seconds: float, folder: Path, *, fast: bool = False) -> Soaked:
     """Finds out what the mix can reach, then offers half of it for `seconds` seconds."""
     result = Soaked(seconds=seconds)
     item_ids = read_artifact(model).catalog.item_ids[1:]
     numbers = itertools.count(1)
     with (
-        running_server(model, folder / "events.sqlite", provider="cpu", options=["--watch", "0"]) as server,
+        deployed(model, folder / "events.sqlite", folder, fast=fast, options=["--watch", "0"]) as (server, address),
         ThreadPoolExecutor(CALLERS) as threads,
     ):
 
         def run(seconds: float, rate: float | None, watch: bool) -> Counter[tuple[str, str]]:
             stop = time.monotonic() + seconds
             callers = [
-                threads.submit(_call, server.address, item_ids, numbers, stop, rate and rate / CALLERS, caller)
+                threads.submit(_call, address, item_ids, numbers, stop, rate and rate / CALLERS, caller)
                 for caller in range(CALLERS)
             ]
             start = time.monotonic()
@@ -145,10 +145,11 @@ def _memory_mb(pid: int) -> float:
 @click.command(context_settings={"show_default": True})
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--minutes", type=click.FloatRange(0.1), default=60.0)
-def main(model: Path, minutes: float) -> None:
+@fast_option
+def main(model: Path, minutes: float, fast: bool) -> None:
     """Offer MODEL's server half of what it can answer, and watch its memory and descriptors."""
     with tempfile.TemporaryDirectory() as folder:
-        result = soak(model, minutes * 60, Path(folder))
+        result = soak(model, minutes * 60, Path(folder), fast=fast)
     _, memory_mb, descriptors = result.settled()
     click.echo(
         f"{minutes:g} minutes at half of {result.capacity:.0f} calls/s: {result.statuses.total()} calls,"

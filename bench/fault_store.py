@@ -21,12 +21,12 @@ from pathlib import Path
 import click
 import grpc
 
+from bench.fronts import deployed, fast_option
 from serve.api.rules import MAX_ID_LENGTH
 from serve.client import Event, UserEvent
 from serve.model.directory import read_artifact
 from serve.pb.recommender_pb2 import GetUserProfileRequest, History, RecommendRequest, RecordEventsRequest
 from serve.pb.recommender_pb2_grpc import RecommenderStub
-from tests.serve.process import running_server
 from tests.serve.stores.databases import DatabaseServer, NotInstalled, postgres_server, redis_server
 
 DEADLINE_S = 30.0
@@ -55,13 +55,13 @@ class Survived:
         return self.statuses == {"UNAVAILABLE"} and self.stored == self.acknowledged and self.answered_meanwhile
 
 
-def survive(name: str, fault: Fault, model: Path) -> Survived:
+def survive(name: str, fault: Fault, model: Path, folder: Path, *, fast: bool = False) -> Survived:
     """Records before, during and after a fault, each event until it is acknowledged."""
     location, take_away, give_back = fault
     result = Survived(name)
-    with running_server(model, location, provider="cpu", options=["--watch", "0"]) as server:
+    with deployed(model, location, folder, fast=fast, options=["--watch", "0"]) as (_, address):
         item_id = read_artifact(model).catalog.item_ids[1]
-        with grpc.insecure_channel(server.address) as channel:
+        with grpc.insecure_channel(address) as channel:
             stub = RecommenderStub(channel)
             numbers = itertools.count(1)
             pending = _request(item_id, next(numbers))
@@ -198,14 +198,16 @@ def faults() -> list[tuple[str, Callable[[Path], AbstractContextManager[Fault]]]
 
 @click.command()
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
-def main(model: Path) -> None:
+@fast_option
+def main(model: Path, fast: bool) -> None:
     """Take the store of MODEL's server away in every way, and give it back."""
     wrong = []
     for name, set_up in faults():
-        with tempfile.TemporaryDirectory() as folder:
+        # The first may be full.
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as of_proxy:
             try:
                 with set_up(Path(folder)) as fault:
-                    found = survive(name, fault, model)
+                    found = survive(name, fault, model, Path(of_proxy), fast=fast)
             except (NotInstalled, subprocess.CalledProcessError) as error:
                 click.echo(f"{name}: not tried: {error}")
                 continue

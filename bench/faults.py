@@ -4,7 +4,8 @@
     python bench/make_model.py --items 10000 --seed 2 --out runs/fault-b
     python -m bench.faults runs/fault-a runs/fault-b --minutes 60
 
-Needs h2load (Debian's nghttp2-client), postgresql and redis-server, and the rights to mount; what is missing is said.
+Needs h2load (Debian's nghttp2-client), nginx with the extra fast, postgresql and redis-server, and the rights to mount;
+what is missing is said.
 """
 
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 import click
 
 from bench.publish import here
+
+CONNECTIONS = (4, 16, 64)
 
 
 @click.command(context_settings={"show_default": True})
@@ -26,15 +29,24 @@ from bench.publish import here
 @click.option("--minutes", type=click.FloatRange(0.1), default=60.0, help="Of soak.")
 def main(model_a: Path, model_b: Path, kills: int, reloads: int, requests: int, seconds: float, minutes: float) -> None:
     """Run all faults on two models that answer differently; ends with 1 when one of them shows a flaw."""
-    commands = {
-        "kill -9": ["fault_kill", "--kills", str(kills)],
+    over_fronts = {
         "reloads": ["fault_reload", str(model_a), str(model_b), "--reloads", str(reloads)],
         "hostile requests": ["fault_hostile", str(model_a), "--requests", str(requests)],
-        "hostile requests over HTTP": ["fault_hostile", str(model_a), "--http", "--requests", str(requests)],
-        "hostile requests over TLS": ["fault_hostile", str(model_a), "--http", "--tls", "--requests", str(requests)],
-        "overload": ["fault_overload", str(model_a), "--seconds", str(seconds)],
+        **{
+            f"overload, {connections} connections": [
+                *("fault_overload", str(model_a), "--seconds", str(seconds), "--connections", str(connections))
+            ]
+            for connections in CONNECTIONS
+        },
         "store": ["fault_store", str(model_a)],
         "soak": ["fault_soak", str(model_a), "--minutes", str(minutes)],
+    }
+    commands = {
+        "kill -9": ["fault_kill", "--kills", str(kills)],
+        "hostile requests over HTTP": ["fault_hostile", str(model_a), "--http", "--requests", str(requests)],
+        "hostile requests over TLS": ["fault_hostile", str(model_a), "--http", "--tls", "--requests", str(requests)],
+        **over_fronts,
+        **{f"{name}, fast front behind nginx": [*command, "--fast"] for name, command in over_fronts.items()},
     }
     click.echo(f"At commit {here().commit}, {here().machine}.")
     flawed = []

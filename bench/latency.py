@@ -39,6 +39,7 @@ import onnxruntime
 from google.protobuf.json_format import MessageToJson
 
 from bench import peer_servers
+from bench.fronts import fast_address
 from bench.load import Sample, Target, drive, framed, memory_mb, require_h2load
 from bench.publish import here, spread
 from bench.workload import HISTORIES, Feed, Workload, step_feed, workload
@@ -244,7 +245,7 @@ def add_fast(
     stack: ExitStack, ours: ServerProcess, folder: Path, add: Callable[[str, Sequence[int], int, str], None]
 ) -> None:
     """Has `add` take the fast front of our server, and nginx before it, by name, processes, port and way of asking."""
-    fast, port = ours.line.split(" and fast ", 1)[1].split(" ", 1)[0], stack.enter_context(reserved_port())
+    fast, port = fast_address(ours), stack.enter_context(reserved_port())
     sockets = Sockets(folder, ours.address, fast, f"127.0.0.1:{port}", "reuseport")
     proxy = stack.enter_context(running_proxy(sockets))
     for way in ("stored user", "inline history"):

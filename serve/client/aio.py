@@ -9,44 +9,26 @@ from typing import Any, Self
 
 from serve.client.connection import Connection
 from serve.client.requests import Requests, is_serving, unpacked
-from serve.pb.recommender_pb2 import (
-    DeleteEventsResponse,
-    DeleteItemsResponse,
-    DeleteUserResponse,
-    GetItemResponse,
-    GetModelInfoResponse,
-    GetUserProfileResponse,
-    ListEventsResponse,
-    ListItemsResponse,
-    MergeUsersResponse,
-    RecommendRequest,
-    RecommendResponse,
-    RecordEventsResponse,
-    RecordImpressionsResponse,
-    SimilarItemsResponse,
-    Status,
-    TrendingResponse,
-    UpsertItemsResponse,
-)
+from serve.pb import recommender_pb2 as pb
 
 
 class AsyncRecommenderClient(
     Requests[
-        Awaitable[RecommendResponse],
-        Awaitable[RecordEventsResponse],
-        Awaitable[GetUserProfileResponse],
-        Awaitable[DeleteUserResponse],
-        Awaitable[SimilarItemsResponse],
-        Awaitable[GetModelInfoResponse],
-        Awaitable[ListEventsResponse],
-        Awaitable[DeleteEventsResponse],
-        Awaitable[MergeUsersResponse],
-        Awaitable[RecordImpressionsResponse],
-        Awaitable[UpsertItemsResponse],
-        Awaitable[DeleteItemsResponse],
-        Awaitable[GetItemResponse],
-        Awaitable[ListItemsResponse],
-        Awaitable[TrendingResponse],
+        Awaitable[pb.RecommendResponse],
+        Awaitable[pb.RecordEventsResponse],
+        Awaitable[pb.GetUserProfileResponse],
+        Awaitable[pb.DeleteUserResponse],
+        Awaitable[pb.SimilarItemsResponse],
+        Awaitable[pb.GetModelInfoResponse],
+        Awaitable[pb.ListEventsResponse],
+        Awaitable[pb.DeleteEventsResponse],
+        Awaitable[pb.MergeUsersResponse],
+        Awaitable[pb.RecordImpressionsResponse],
+        Awaitable[pb.UpsertItemsResponse],
+        Awaitable[pb.DeleteItemsResponse],
+        Awaitable[pb.GetItemResponse],
+        Awaitable[pb.ListItemsResponse],
+        Awaitable[pb.TrendingResponse],
     ]
 ):
     """As `RecommenderClient`, with every call awaited. Close it, or use `async with`."""
@@ -64,7 +46,7 @@ class AsyncRecommenderClient(
         """Ends the connection and the calls under way."""
         await self._channel.close(None)
 
-    async def batch_recommend(self, requests: Iterable[RecommendRequest]) -> list[RecommendResponse | Status]:
+    async def batch_recommend(self, requests: Iterable[pb.RecommendRequest]) -> list[pb.RecommendResponse | pb.Status]:
         """The answers to several questions (`recommend_request`, at most 256) in their order; in place of an
         answer, why there is none."""
         return unpacked(await self._batch(requests))

@@ -5,44 +5,26 @@ from typing import Any, Self
 
 from serve.client.connection import Connection
 from serve.client.requests import Requests, is_serving, unpacked
-from serve.pb.recommender_pb2 import (
-    DeleteEventsResponse,
-    DeleteItemsResponse,
-    DeleteUserResponse,
-    GetItemResponse,
-    GetModelInfoResponse,
-    GetUserProfileResponse,
-    ListEventsResponse,
-    ListItemsResponse,
-    MergeUsersResponse,
-    RecommendRequest,
-    RecommendResponse,
-    RecordEventsResponse,
-    RecordImpressionsResponse,
-    SimilarItemsResponse,
-    Status,
-    TrendingResponse,
-    UpsertItemsResponse,
-)
+from serve.pb import recommender_pb2 as pb
 
 
 class RecommenderClient(
     Requests[
-        RecommendResponse,
-        RecordEventsResponse,
-        GetUserProfileResponse,
-        DeleteUserResponse,
-        SimilarItemsResponse,
-        GetModelInfoResponse,
-        ListEventsResponse,
-        DeleteEventsResponse,
-        MergeUsersResponse,
-        RecordImpressionsResponse,
-        UpsertItemsResponse,
-        DeleteItemsResponse,
-        GetItemResponse,
-        ListItemsResponse,
-        TrendingResponse,
+        pb.RecommendResponse,
+        pb.RecordEventsResponse,
+        pb.GetUserProfileResponse,
+        pb.DeleteUserResponse,
+        pb.SimilarItemsResponse,
+        pb.GetModelInfoResponse,
+        pb.ListEventsResponse,
+        pb.DeleteEventsResponse,
+        pb.MergeUsersResponse,
+        pb.RecordImpressionsResponse,
+        pb.UpsertItemsResponse,
+        pb.DeleteItemsResponse,
+        pb.GetItemResponse,
+        pb.ListItemsResponse,
+        pb.TrendingResponse,
     ]
 ):
     """A connection to one server, to be shared between threads. Close it, or use it in a `with` statement.
@@ -63,7 +45,7 @@ class RecommenderClient(
         """Ends the connection and the calls under way."""
         self._channel.close()
 
-    def batch_recommend(self, requests: Iterable[RecommendRequest]) -> list[RecommendResponse | Status]:
+    def batch_recommend(self, requests: Iterable[pb.RecommendRequest]) -> list[pb.RecommendResponse | pb.Status]:
         """The answers to several questions (`recommend_request`, at most 256) in their order; in place of an
         answer, why there is none."""
         return unpacked(self._batch(requests))

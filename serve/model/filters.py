@@ -1,6 +1,6 @@
 """Which items a request allows: by their ids and by their tags, which a model directory calls genres."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
@@ -27,18 +27,6 @@ class ItemFilter(NamedTuple):
     """An item has none of them."""
     minimum_score: float | None = None
     """In the unit of the ranking; None: any score."""
-
-    def allows_tags(self, tags: Collection[str]) -> bool:
-        """Whether an item with these tags meets the conditions on tags.
-
-        >>> ItemFilter(any_tags=("a", "b"), none_tags=("c",)).allows_tags(("b",))
-        True
-        """
-        return (
-            (not self.any_tags or any(tag in tags for tag in self.any_tags))
-            and all(tag in tags for tag in self.all_tags)
-            and not any(tag in tags for tag in self.none_tags)
-        )
 
 
 class Filters:

@@ -145,8 +145,11 @@ def session(
                 for name, array in arrays.items():
                     (Path(folder) / f"{name}.npy").touch()
                     options.add_initializer(name, array)
+            # Of bytes, it would hold a copy for as long as it lives. No other file is in the folder.
+            verified = Path(folder) / graph.file.name
+            verified.write_bytes(graph.content)
             session = onnxruntime.InferenceSession(
-                graph.content,
+                verified,
                 options,
                 providers=wanted,
                 # It would read the files, and hold a copy of the vectors for each graph.

@@ -1,13 +1,15 @@
 """The engine answers a row as the graph does, whatever its neighbours are."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from serve.model.directory import Artifact
+from serve.model.directory import Artifact, read_artifact
 from serve.model.features import Features
-from serve.model.graphs import CUDA, ProviderError
+from serve.model.graphs import CUDA, ProviderError, exact_graphs, session
 from serve.model.ranking.engine import Engine
 
 
@@ -69,3 +71,12 @@ def test_cuda_runs_or_is_refused(artifact: Artifact) -> None:
     else:
         with pytest.raises(ProviderError, match=r"expected CUDA, but sequence\.onnx runs on CPUExecutionProvider"):
             Engine(artifact, "cuda")
+
+
+def test_a_session_keeps_no_copy_of_its_file(model_directory: Path) -> None:
+    _, step = exact_graphs(read_artifact(model_directory))
+    before = sys.getrefcount(step.content)
+    loaded = session(step, "cpu", 1, {})
+    after = sys.getrefcount(step.content)
+    assert after == before
+    assert "state" in {one.name for one in loaded.get_inputs()}

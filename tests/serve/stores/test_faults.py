@@ -11,6 +11,7 @@ import pytest
 
 from bench import fault_reload, fault_soak, fault_store
 from bench.model_versions import replace_file
+from tests.serve.front.proxy import FRONTS
 from tests.serve.stores.databases import NotInstalled, redis_server
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +25,8 @@ def test_kill_9_loses_nothing_and_doubles_nothing() -> None:
     assert re.match(r"12 kills .*: [1-9]\d* events acknowledged, \d+ stored, 0 lost, 0 counted twice\n", ended.stdout)
 
 
-def test_reloads_under_load(model_directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("front", FRONTS)
+def test_reloads_under_load(front: str, model_directory: Path, tmp_path: Path) -> None:
     # Answers differently: the last item has the name of the first, and so on.
     other = tmp_path / "other"
     shutil.copytree(model_directory, other)
@@ -32,7 +34,7 @@ def test_reloads_under_load(model_directory: Path, tmp_path: Path) -> None:
     ids = [row.partition(",")[0] for row in rows]
     rows = [f"{new},{row.partition(',')[2]}" for new, row in zip(reversed(ids), rows, strict=True)]
     replace_file(other, "catalog.csv", "\n".join([header, *rows, ""]).encode())
-    result = fault_reload.reload_rounds((model_directory, other), 12, tmp_path)
+    result = fault_reload.reload_rounds((model_directory, other), 12, tmp_path, fast=front != "default")
     assert (result.reloads, result.refused) == (12, 4)
     assert result.answers > 0
     assert len(result.versions_seen) > 1
@@ -40,22 +42,27 @@ def test_reloads_under_load(model_directory: Path, tmp_path: Path) -> None:
     assert result.wrong == []
 
 
+@pytest.mark.parametrize("front", FRONTS)
 @pytest.mark.parametrize("name", ["disk full", "Redis killed"])
-def test_store_that_goes_away_and_comes_back(name: str, model_directory: Path, tmp_path: Path) -> None:
+def test_store_that_goes_away_and_comes_back(name: str, front: str, model_directory: Path, tmp_path: Path) -> None:
+    full, of_proxy = tmp_path / "full", tmp_path / "proxy"
+    full.mkdir()
+    of_proxy.mkdir()
     faults: dict[str, AbstractContextManager[fault_store.Fault]] = {
-        "disk full": fault_store.full_disk(tmp_path),
+        "disk full": fault_store.full_disk(full),
         "Redis killed": fault_store.restarted(redis_server(), kill=True),
     }
     try:
         with faults[name] as fault:
-            result = fault_store.survive(name, fault, model_directory)
+            result = fault_store.survive(name, fault, model_directory, of_proxy, fast=front != "default")
     except (NotInstalled, subprocess.CalledProcessError) as error:
         pytest.skip(f"cannot be set up here: {error}")
     assert result.is_right, result
 
 
-def test_soak(model_directory: Path, tmp_path: Path) -> None:
-    result = fault_soak.soak(model_directory, 4.0, tmp_path)
+@pytest.mark.parametrize("front", FRONTS)
+def test_soak(front: str, model_directory: Path, tmp_path: Path) -> None:
+    result = fault_soak.soak(model_directory, 4.0, tmp_path, fast=front != "default")
     assert result.unexpected == 0, result.statuses
     _, memory_mb, descriptors = result.settled()
     assert max(descriptors) < descriptors[0] + 40
