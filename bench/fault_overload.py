@@ -4,8 +4,8 @@ python -m bench.fault_overload MODEL --seconds 60
 
 h2load asks for stored users. Capacity is what the server answers when `--callers` callers each wait for their answer;
 then new calls come at five times that rate whether answered or not. How many were answered, the server's metrics say;
-all others were turned away, by the server or by nginx. How long an accepted call takes, a client that checks each answer
-measures beside it.
+all others were turned away, by the server or by nginx. How long an accepted call takes, a client that checks each
+answer measures beside it.
 """
 
 import contextlib
