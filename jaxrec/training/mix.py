@@ -34,8 +34,7 @@ PENALTY = 10.0  # in cases, of each squared weight of the trend, times its view'
 SEEN = 200  # items of the history with the latest events, which are always among a case's candidates where allowed
 TABLE_PENALTY = 0.03  # of the squared numbers in the table of repeats, in cases
 STEP_PENALTY = 3.0  # of the squared differences between the numbers of neighbouring buckets there, in cases
-ITERATIONS = 200
-FIT = {"maxiter": ITERATIONS, "ftol": 1e-12, "gtol": 1e-7, "maxcor": 30}  # the loss is flat around its minimum
+FIT = {"maxiter": 200, "ftol": 1e-12, "gtol": 1e-7, "maxcor": 30}  # the loss is flat around its minimum
 BLOCK = 64  # cases whose columns are float64 at a time
 
 
