@@ -34,7 +34,8 @@ PENALTY = 10.0  # in cases, of each squared weight of the trend, times its view'
 SEEN = 200  # items of the history with the latest events, which are always among a case's candidates where allowed
 TABLE_PENALTY = 0.03  # of the squared numbers in the table of repeats, in cases
 STEP_PENALTY = 3.0  # of the squared differences between the numbers of neighbouring buckets there, in cases
-ITERATIONS = 200
+FIT = {"maxiter": 200, "ftol": 1e-12, "gtol": 1e-7, "maxcor": 30}  # the loss is flat around its minimum
+BLOCK = 64  # cases whose columns are float64 at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +194,24 @@ def fit_weights(
     if not len(found.parts):
         return first.astype(np.float32)  # every target is excluded: there is nothing to learn from
     bounds = [(0, None)] * len(start) + [(None, None)] * others
+    objective, unit = penalized_loss(found, start), np.append(units(found, start), np.ones(others - views))
+    unit[unit == 0] = 1.0
+
+    def of_scaled(scaled: np.ndarray) -> tuple[float, np.ndarray]:
+        loss, gradient = objective(scaled / unit)
+        return loss, gradient / unit
+
+    # Scaled to like variances, the columns need half as many iterations.
     result = scipy.optimize.minimize(
-        penalized_loss(found, start),
-        first,
+        of_scaled,
+        first * unit,
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
         callback=lambda _: after_iteration(),
-        options={"maxiter": ITERATIONS},
+        options=FIT,
     )
-    weights = np.asarray(result.x, np.float32)
+    weights = np.asarray(result.x / unit, np.float32)
     if not np.isfinite([result.fun, *weights]).all():
         raise TrainingError("the loss of the mix is not finite; both models are trained and saved, no mix is written")
     return weights
@@ -221,38 +230,50 @@ def penalized_loss(
         A function of the weights and the table [parts + views, or parts + views + TABLE_SIZE] float64, which returns
         the mean cross-entropy of the targets plus the penalties, and the gradient of that.
     """
-    (cases, views, _), repeated = found.views.shape, found.repeats.shape[1]
+    (cases, views, width), repeated = found.views.shape, found.repeats.shape[1]
     linear = len(start) + views
-    centre = np.concatenate([start, np.zeros(views)])
+    centre, unit = np.concatenate([start, np.zeros(views)]), units(found, start)
     columns = np.concatenate([found.parts, found.views], axis=1).swapaxes(0, 1).reshape(linear, -1)
-    where = found.log_weight.ravel() > NEVER
-    unit = np.concatenate([1 / np.array(start), [column[where].std() for column in columns[len(start) :]]])
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         # Written out as two products of a vector and a matrix, this takes a tenth of the time that the compiled sum
-        # over views takes on a CPU.
+        # over views takes on a CPU. In float32 rounding would end the fit at the third digit of a weight.
         of_columns, table = weights[:linear], weights[linear:]
-        logits = (of_columns.astype(np.float32) @ columns).reshape(cases, -1) + found.log_weight
-        if repeated:
-            logits[:, :repeated] += np.append(0.0, table[1:])[found.repeats].sum(axis=2)
-        highest = logits.max(axis=1, keepdims=True)
-        exponentials = np.exp(logits - highest)
-        total = exponentials.sum(axis=1, keepdims=True)
-        loss = np.mean(np.log(total) + highest - logits[:, :1])
-        difference = exponentials / total
-        difference[:, 0] -= 1
         moved, steps = (of_columns - centre) * unit, np.diff(table)[STEPS] if repeated else np.zeros(0)
-        penalty = PENALTY * moved @ moved + TABLE_PENALTY * table @ table + STEP_PENALTY * steps @ steps
-        to_columns, to_table = columns @ difference.ravel() + 2 * PENALTY * moved * unit, 2 * TABLE_PENALTY * table
+        loss = PENALTY * moved @ moved + TABLE_PENALTY * table @ table + STEP_PENALTY * steps @ steps
+        to_columns, to_table = 2 * PENALTY * moved * unit, 2 * TABLE_PENALTY * table
+        for first in range(0, cases, BLOCK):
+            block = slice(first, first + BLOCK)
+            of_block = columns[:, first * width : (first + BLOCK) * width].astype(np.float64)
+            logits = (of_columns @ of_block).reshape(-1, width) + found.log_weight[block]
+            if repeated:
+                logits[:, :repeated] += np.append(0.0, table[1:])[found.repeats[block]].sum(axis=2)
+            highest = logits.max(axis=1, keepdims=True)
+            exponentials = np.exp(logits - highest)
+            total = exponentials.sum(axis=1, keepdims=True)
+            loss += np.sum(np.log(total) + highest - logits[:, :1])
+            difference = exponentials / total
+            difference[:, 0] -= 1
+            to_columns += of_block @ difference.ravel()
+            if repeated:
+                of_places = np.repeat(difference[:, :repeated].ravel(), FEATURES)
+                to_table += np.bincount(found.repeats[block].ravel(), of_places, TABLE_SIZE)
         if repeated:
-            of_places = np.repeat(difference[:, :repeated].ravel(), FEATURES)
-            to_table += np.bincount(found.repeats.ravel(), of_places, TABLE_SIZE)
             to_table[STEPS + 1] += 2 * STEP_PENALTY * steps
             to_table[STEPS] -= 2 * STEP_PENALTY * steps
             to_table[0] = 0.0  # the place of items that are not of the history
-        return float(loss + penalty / cases), np.concatenate([to_columns, to_table]) / cases
+        return float(loss) / cases, np.concatenate([to_columns, to_table]) / cases
 
     return objective
+
+
+def units(found: Candidates, start: Sequence[float] = START) -> np.ndarray:
+    """[parts + views]: what a weight is multiplied with where it is penalized, 1 / `start` of a part and the standard
+    deviation of a view."""
+    where = found.log_weight > NEVER
+    return np.array(
+        [*(1 / one for one in start), *(found.views[:, view][where].std() for view in range(found.views.shape[1]))]
+    )
 
 
 def typical_events(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:

@@ -52,6 +52,18 @@ def test_weights_that_made_the_targets_are_found() -> None:
     np.testing.assert_allclose(found, wanted, atol=0.12)
 
 
+def test_the_order_of_candidates_changes_nothing() -> None:
+    """The fit ends at the minimum, also where all views say nearly the same and the loss is flat between them."""
+    rng = np.random.default_rng(7)
+    parts = rng.normal(size=(300, 3, 100)).astype(np.float32)
+    views = (rng.normal(size=(300, 1, 100)) + 0.3 * rng.normal(size=(300, WIDTH, 100))).astype(np.float32)
+    one, other = (
+        fit_weights(Candidates(parts[:, :, order], views[:, :, order], np.zeros((300, 100), np.float32)))
+        for order in (np.arange(100), np.append(0, 1 + rng.permutation(99)))
+    )
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_a_part_that_says_the_opposite_gets_no_weight() -> None:
     rng = np.random.default_rng(1)
     parts = rng.normal(size=(500, 3, 20)).astype(np.float32)
@@ -183,7 +195,7 @@ def test_scores_and_weights_that_are_not_finite_end_the_training(small_data: Pre
     ):
         learn_mix(lstm, *others, small_data)
     huge = Candidates(
-        np.full((1, 3, 2), 3e38, np.float32), np.zeros((1, 0, 2), np.float32), np.zeros((1, 2), np.float32)
+        np.full((1, 3, 2), np.inf, np.float32), np.zeros((1, 0, 2), np.float32), np.zeros((1, 2), np.float32)
     )
     with np.errstate(all="ignore"), pytest.raises(TrainingError, match="the loss of the mix is not finite"):
         fit_weights(huge)
