@@ -5,7 +5,8 @@
 Half of the log's users train a run (`jaxrec train`, defaults). The other half, whom it never sees, are the users of the
 simulator, which is fitted on them and is of another family of models (`jaxrec.rl.simulated.users`). One loop begins
 with this run and trains the network; the other one begins with the run after `jaxrec rl logged` (defaults) and trains
-the weights of its reranker.
+the weights of its reranker, which the run uses here even if the gate of `rl logged` refused it: half of the users may
+be too few to show its gain.
 
 A round: every simulated user comes with 20 successive events of its own (others in each round, so that histories do
 not grow over the rounds), asks the server over gRPC for slates, chooses an item or none, rates it, and records that
@@ -38,10 +39,11 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.data.store import read_prepared, write_prepared
+from jaxrec.files import new_file
 from jaxrec.rl.config import LoggedConfig, RewardWeights, ServedConfig
 from jaxrec.rl.simulated.fit import SimulatorFit, fit_simulator, profiles, simulator_histories
 from jaxrec.rl.simulated.users import SimulatorParams, choice_terms, start_user, step
-from jaxrec.runs.directory import RERANKER_OUTCOME_FILE, RERANKER_PARTIAL_FOLDER
+from jaxrec.runs.directory import RERANKER_FILE, RERANKER_OUTCOME_FILE, RERANKER_PARTIAL_FOLDER
 from jaxrec.runs.policy import load_run
 from jaxrec.runs.rl_served import run_served
 from serve.client import Connection, RecommenderClient, UserEvent, recommend_request
@@ -285,8 +287,8 @@ def main(work: Path, seeds: int, rounds: int, runs: str, publish: bool, ratings:
 
 
 def with_reranker(supervised: Path, run: Path) -> tuple[Path, str]:
-    """RUN, a copy of the supervised run after `jaxrec rl logged`, which is resumed where it stopped, and why its gate
-    agreed. Raises click.ClickException where it did not."""
+    """RUN, a copy of the supervised run after `jaxrec rl logged`, which is resumed where it stopped, and what its gate
+    said. The run uses the reranker whatever the gate said."""
     if not run.is_dir():
         copy = run.with_suffix(".copy")
         shutil.rmtree(copy, ignore_errors=True)
@@ -295,10 +297,11 @@ def with_reranker(supervised: Path, run: Path) -> tuple[Path, str]:
     interrupted = (run / RERANKER_PARTIAL_FOLDER).is_dir()
     if interrupted or not (run / RERANKER_OUTCOME_FILE).is_file():
         jaxrec.fine_tune(run, LoggedConfig(), resume=interrupted)
-    outcome = json.loads((run / RERANKER_OUTCOME_FILE).read_text("utf-8"))
-    if not outcome["used"]:
-        raise click.ClickException(f"{run} has no reranker for the loop to train: {outcome['reason']}")
-    return run, outcome["reason"]
+    with np.load(run / RERANKER_FILE) as arrays:
+        use = {**arrays, "used": True}
+    with new_file(run / RERANKER_FILE) as temporary, temporary.open("wb") as file:
+        np.savez(file, **use)
+    return run, json.loads((run / RERANKER_OUTCOME_FILE).read_text("utf-8"))["reason"]
 
 
 def play_seeds(work: Path, run: Path, users: Users, config: LoopConfig, seeds: int) -> dict[str, list[Path]]:
