@@ -1,14 +1,16 @@
 """Latency, throughput and CPU cost of the server, beside its floor and beside its peers.
 
     python bench/make_model.py --items 10000 --out runs/bench-model
+    python bench/make_model.py --items 10000 --reranker --out runs/bench-reranker
     python3.11 -m venv runs/peers && runs/peers/bin/pip install -r bench/peers/requirements.txt
-    python -m bench.latency runs/bench-model --peers runs/peers --plot runs/latency.svg
+    python -m bench.latency runs/bench-model --reranker runs/bench-reranker --peers runs/peers --plot runs/latency.svg
 
 Starts `python -m serve run MODEL`, an empty echo server of the same kind and one with grpc's thread pool, and with
 `--peers` Triton, FastAPI and MLServer on the same `sequence.onnx`, each in a process of its own. Where nginx and the
 extra `fast` are installed, the server has the fast front too, which is asked directly and behind nginx. They are driven
 one after the other by h2load at several concurrencies, in interleaved rounds, so that a busy moment of the machine hits
-all alike. `session.run` is the graph alone on one thread, in this process.
+all alike. `session.run` is the graph alone on one thread, in this process. `reranker`: of the same model with a
+reranker of the best 100 items, on a server of its own.
 
 The peers get features ready for the graph and answer indices and scores. Ours gets raw ids, keeps (stored user) or
 takes (inline history) the history, and answers ids, titles and genres; so the comparison is to the peers' advantage.
@@ -253,12 +255,26 @@ def add_fast(
     add("ours, fast front, stored user, nginx", [ours.process.pid, proxy.pid], port, "stored user")
 
 
+def add_reranker(
+    stack: ExitStack, work: Workload, stored_user: Sequence[bytes], folder: Path, add: Callable[..., None]
+) -> None:
+    """Has `add` take a server of the model with a reranker."""
+    server = stack.enter_context(running_server(work.model, folder / "reranker.sqlite"))
+    record(server.address, work.histories)
+    port, check = int(server.address.rpartition(":")[2]), recommend_check(work.expected)
+    add("ours, stored user, reranker", [server.process.pid], port, RECOMMEND, stored_user, check)
+
+
+def steps_of(work: Workload) -> list[Feed]:
+    return [step_feed(work.step, feed) for feed in work.feeds]
+
+
 def encoded(requests: Sequence[RecommendRequest]) -> list[bytes]:
     return [request.SerializeToString() for request in requests]
 
 
 def start_all(
-    stack: ExitStack, work: Workload, peers: Path | None, folder: Path
+    stack: ExitStack, work: Workload, reranker: Workload | None, peers: Path | None, folder: Path
 ) -> tuple[list[Target], dict[str, float]]:
     """Starts every server until `stack` ends; with the seconds that each took until it answered."""
     seconds = {"ours": statistics.median(start_seconds(work.model, folder) for _ in range(5))}
@@ -310,6 +326,8 @@ def start_all(
     messages = encoded(ways["stored user"])
     port = int(both.address.rpartition(":")[2])
     add("ours, stored user, 2 processes", [both.process.pid], port, RECOMMEND, messages, check)
+    if reranker is not None:
+        add_reranker(stack, reranker, messages, folder, add)
     if peers is not None:
         graph = (work.model / "sequence.onnx").resolve()
         for name, start in (("Triton", peer_servers.triton), ("MLServer", peer_servers.mlserver)):
@@ -331,6 +349,9 @@ def start_all(
 @click.option("--k", type=click.IntRange(1, 1000), default=10, help="Items per answer.")
 @click.option("--concurrency", type=click.IntRange(1), multiple=True, default=(1, 8, 32, 128), help="Repeatable.")
 @click.option(
+    "--reranker", type=click.Path(exists=True, file_okay=False, path_type=Path), help="MODEL with a reranker."
+)
+@click.option(
     "--peers", type=click.Path(exists=True, path_type=Path), help="Environment with bench/peers/requirements.txt."
 )
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the figures here (SVG).")
@@ -342,6 +363,7 @@ def main(
     length: int,
     k: int,
     concurrency: tuple[int, ...],
+    reranker: Path | None,
     peers: Path | None,
     plot_file: Path | None,
     json_file: Path | None,
@@ -350,14 +372,17 @@ def main(
     require_h2load()
     described = facts(model)
     work = workload(model, length, k)
+    reranked = None if reranker is None else workload(reranker, length, k)
     measured: Measured = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        targets, seconds_to_serve = start_all(stack, work, peers, folder)
-        steps = [step_feed(work.step, feed) for feed in work.feeds]
+        targets, seconds_to_serve = start_all(stack, work, reranked, peers, folder)
+        graphs = [("sequence", work.sequence, work.feeds), ("step", work.step, steps_of(work))]
+        if reranked is not None:
+            graphs.append(("step, reranker", reranked.step, steps_of(reranked)))
         for number in range(rounds):
             click.echo(f"round {number + 1} of {rounds}", err=True)
-            for name, session, feeds in (("sequence", work.sequence, work.feeds), ("step", work.step, steps)):
+            for name, session, feeds in graphs:
                 sample = run_graph(session, feeds, seconds)
                 measured.setdefault((f"session.run, {name}", 0), []).append(sample)
             for callers, at in itertools.product(concurrency, range(len(targets))):

@@ -31,10 +31,10 @@ import jaxrec
 from bench.linear import best_ease
 from bench.publish import Page, begin, less, publish_option, read_figures, write_arrays, write_figures
 from bench.quality import begun
+from bench.sequences import read_sequences
 from jaxrec.config import PrepareConfig, SeenItems, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
 from jaxrec.data.store import read_prepared
 from jaxrec.evaluation.bootstrap import bootstrap, resample
 from jaxrec.evaluation.metrics import hit_rate, ndcg
@@ -45,7 +45,6 @@ from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.training.host_memory import keep_freed_memory
 
 LOGS, SEEDS = ("beauty",), 3  # of the page
-ONE_TIME = 1_262_304_000
 TOP, MISSED = 50, 1_000_000  # what a peer recommends, and the rank of a target that is not in it
 EASE, SASREC = "EASE, history weighted by recency", "SASRec, softmax, width 256 (RecTools)"
 MODELS = ("hybrid", "content model alone", "LSTM alone")
@@ -158,19 +157,6 @@ def prepared(folder: Path, work: Path) -> PreparedData:
         log, movies = read_sequences(folder)
         prepare(log, movies, PrepareConfig(5, 5), out=out)
     return read_prepared(out)
-
-
-def read_sequences(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """FOLDER/sequences.txt as a log whose order is that of its rows, and the attributes of its items as genres."""
-    lines = (folder / "sequences.txt").read_text("utf-8").splitlines()
-    users = [line.split() for line in lines if line.strip()]
-    counts = [len(user) - 1 for user in users]
-    items = [item for _, *of_user in users for item in of_user]
-    log = pd.DataFrame({USER: np.repeat([user[0] for user in users], counts), ITEM: items, TIME: ONE_TIME})
-    attributes = json.loads((folder / "item2attributes.json").read_text("utf-8"))
-    known = list(dict.fromkeys(items))
-    genres = ["|".join(f"a{one}" for one in attributes.get(item, ())) for item in known]
-    return log, pd.DataFrame({ITEM: known, TITLE: [f"item {item}" for item in known], GENRES: genres})
 
 
 def measure(work: Path, seed: int) -> Path:

@@ -1,19 +1,21 @@
 """Measures ranking quality with the defaults of `jaxrec train`, for bench/quality.md.
 
-    python -m bench.quality --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small
+    python -m bench.quality --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small \\
+        movietweetings-50k=PATH/ratings.dat beauty=PATH/beauty
 
 Each log is filtered to users and movies with 5 ratings or more and split: leave-one-out over the whole log, as the
 literature does, and by time (the last tenth; up to 10 cases of each user), with equal times in the order of the file
-and shuffled (in training and test). Each seed trains a run and its policy (`jaxrec train`, `jaxrec rl logged`), and
-each test case is ranked among the whole catalogue without its history; `stacked` is the policy's control, which only
-imitates. The trend counts the events of all users before the case, with and without the request time, and so does
-recent popularity, with the half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 %
-bootstrap intervals over the users. What is finished stays in the work folder: a call that was interrupted resumes where
-it stopped.
+and shuffled (in training and test). beauty has the order of events only (`bench.sequences`): leave-one-out, in this
+order. Each seed trains a run and its policy (`jaxrec train`, `jaxrec rl logged`), and each test case is ranked among
+the whole catalogue without its history; `stacked` is the policy's control, which only imitates. The trend counts the
+events of all users before the case, with and without the request time, and so does recent popularity, with the half-
+life of the best validation NDCG@10. Figures are means over the seeds, with 95 % bootstrap intervals over the users.
+What is finished stays in the work folder: a call that was interrupted resumes where it stopped; `bench.rl_logged` takes
+its figures from the same folder.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -21,8 +23,10 @@ import numpy as np
 
 import jaxrec
 from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.sequences import read_sequences
 from jaxrec.config import PrepareConfig, RatingScale, SplitKind, Ties, TrainConfig
 from jaxrec.data.prepare import prepare
+from jaxrec.data.prepared import PreparedData
 from jaxrec.data.report import write_report
 from jaxrec.data.split import Cases
 from jaxrec.data.store import read_prepared
@@ -40,7 +44,8 @@ from jaxrec.runs.evaluate import policies
 from jaxrec.training.host_memory import keep_freed_memory
 
 CASES_PER_USER = 10
-LOGS, SEEDS = ("ml-100k", "ml-latest-small"), 5  # of the page
+LOGS, SEEDS = ("ml-100k", "ml-latest-small", "movietweetings-50k", "beauty"), 5  # of the page
+WITHOUT_TIMES = ("beauty",)
 RATING_SCALES = {"movietweetings-50k": RatingScale(0, 10)}  # a few of its ratings are 0
 MOVIES = ("movies.csv", "movies.dat")  # beside a file of ratings
 SPLITS = {"leave-one-out": SplitKind.LEAVE_ONE_OUT, "temporal": SplitKind.TEMPORAL}
@@ -58,14 +63,13 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tu
     """Trains and ranks what is not there yet, then writes the tables of all that was asked for."""
     keep_freed_memory()
     ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    asked = list(itertools.product(ratings, splits.split(","), ties.split(",")))
     lacking = less(
         logs=(ratings, LOGS), splits=(splits.split(","), SPLITS), ties=(ties.split(","), TIES), seeds=(seeds, SEEDS)
     )
     page = Page("quality", "Ranking quality", publish, work, lacking)
     results = {
-        f"{name}-{split}-{tie}": [measure(work, name, ratings[name], split, Ties(tie), seed) for seed in range(seeds)]
-        for name, split, tie in asked
+        f"{name}-{split}-{tie.value}": [measure(work, name, ratings[name], split, tie, seed) for seed in range(seeds)]
+        for name, split, tie in settings(ratings, splits.split(","), ties.split(","))
     }
     body = [
         (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
@@ -85,11 +89,7 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     if done.is_file():
         return done
     begin(begun(done), folder / f"run-{seed}")
-    if not (folder / "data").is_dir():
-        config = PrepareConfig(5, 5, split=SPLITS[split], ties=ties, rating_scale=RATING_SCALES.get(name))
-        movies = [path for path in map(ratings.with_name, MOVIES) if ratings.is_file() and path.is_file()]
-        prepare(ratings, movies[0] if movies else None, config, out=folder / "data", add_files=write_report)
-    data, out = read_prepared(folder / "data"), folder / f"run-{seed}"
+    data, out = prepared(folder / "data", name, ratings, split, ties), folder / f"run-{seed}"
     jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
     run = open_run(out)
     interrupted = (out / RERANKER_PARTIAL_FOLDER).is_dir()
@@ -107,11 +107,28 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     recent = {"recent popularity": recent_popularity_scorer(data, counts, half_life, shared)}
     learned = {name: hybrid_scorer(policy, counts, shared) for name, policy in policies(run, hybrid)[0].items()}
     every = recent | scorers(hybrid, counts, shared) | learned
-    asked = {f"{model}|{time}": (scorer, time) for model, scorer in every.items() for time in (False, True)}
+    times = (False,) if name in WITHOUT_TIMES else (False, True)
+    asked = {f"{model}|{time}": (scorer, time) for model, scorer in every.items() for time in times}
     for key, ranked in rank_together(asked, data, cases, hybrid.lstm.config.max_length).items():
         arrays[f"{key}|ranks"], arrays[f"{key}|top"] = ranked.ranks, ranked.top
     write_arrays(done, arrays)
     return done
+
+
+def settings(logs: Iterable[str], splits: Iterable[str], ties: Iterable[str]) -> list[tuple[str, str, Ties]]:
+    """Log, split and order of equal times, as far as the log has times."""
+    every = itertools.product(logs, splits, map(Ties, ties))
+    return [one for one in every if one[0] not in WITHOUT_TIMES or one[1:] == ("leave-one-out", Ties.FILE)]
+
+
+def prepared(out: Path, name: str, ratings: Path, split: str, ties: Ties) -> PreparedData:
+    """The data in OUT, prepared if they are not there yet."""
+    if not out.is_dir():
+        movies = [path for path in map(ratings.with_name, MOVIES) if ratings.is_file() and path.is_file()]
+        log = read_sequences(ratings) if name in WITHOUT_TIMES else (ratings, movies[0] if movies else None)
+        config = PrepareConfig(5, 5, split=SPLITS[split], ties=ties, rating_scale=RATING_SCALES.get(name))
+        prepare(*log, config, out=out, add_files=write_report)
+    return read_prepared(out)
 
 
 def begun(ranks: Path) -> Path:

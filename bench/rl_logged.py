@@ -1,15 +1,18 @@
 """Measures what `jaxrec rl logged` gains with its defaults, for bench/rl_logged.md.
 
     python -m bench.rl_logged --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small \\
-        movietweetings-50k=PATH/ratings.dat
+        movietweetings-50k=PATH/ratings.dat beauty=PATH/beauty
 
-Each log is filtered to users and movies with 5 ratings or more and split leave-one-out over the whole log. Each seed
-trains a run (`jaxrec train`) and its policy (`jaxrec rl logged`), which is used or not, as the gate decides. Out of
-fold: the last 40 training events of each user, ranked by models and a policy that were trained without this user. Test:
-one event of each user, ranked among the whole catalogue without the history, with and without the request time, by the
-hybrid, by the policy's control that only imitates (stacked), and by the policy. Reward-weighted NDCG@10 weighs each
-case by its rating. Figures are means over the seeds, with 95 % bootstrap intervals over the users; differences are
-paired by case. What is finished stays in the work folder: a call that was interrupted resumes where it stopped.
+Each log is filtered to users and movies with 5 ratings or more and split: leave-one-out over the whole log, and by time
+(the last tenth; up to 10 cases of each user), with equal times in the order of the file and shuffled. beauty has the
+order of events only: leave-one-out, in this order. Each seed trains a run (`jaxrec train`) and its policy (`jaxrec rl
+logged`), which is used or not, as the gate decides. Out of fold: the last 40 training events of each user, ranked by
+models and a policy that were trained without this user. Test: the test events, each ranked among the whole catalogue
+without the history, with and without the request time, by the hybrid, by the policy's control that only imitates
+(stacked), and by the policy. Reward-weighted NDCG@10 weighs each case by its rating (that of the item where it has
+none). Figures are means over the seeds, with 95 % bootstrap intervals over the users; differences are paired by case.
+What is finished stays in the work folder: a call that was interrupted resumes where it stopped; `bench.quality` takes
+its figures from the same folder.
 """
 
 import json
@@ -20,14 +23,12 @@ import click
 import numpy as np
 
 from bench.publish import Page, less, publish_option
-from bench.quality import begun, measure
-from jaxrec.config import Ties
+from bench.quality import LOGS, SEEDS, SPLITS, TIES, begun, measure, settings
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.runs.directory import RERANKER_OUTCOME_FILE
 from jaxrec.training.host_memory import keep_freed_memory
 
-LOGS, SEEDS = ("ml-100k", "ml-latest-small", "movietweetings-50k"), 3  # of the page
 ROWS = ("hybrid", "stacked", "policy")
 OUT_OF_FOLD = {
     "policy over the mix": "",
@@ -40,46 +41,50 @@ OUT_OF_FOLD = {
 @click.command(context_settings={"show_default": True})
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Prepared data, runs and ranks stay here.")
 @click.option("--seeds", default=SEEDS)
+@click.option("--splits", default=",".join(SPLITS))
+@click.option("--ties", default=",".join(TIES), help="Order of equal times.")
 @publish_option
 @click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seeds: int, publish: bool, logs: tuple[str, ...]) -> None:
+def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tuple[str, ...]) -> None:
     """Trains and ranks what is not there yet, then writes the tables."""
     keep_freed_memory()
     ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    page = Page(
-        "rl_logged", "Policies from the run's own log", publish, work, less(logs=(ratings, LOGS), seeds=(seeds, SEEDS))
+    lacking = less(
+        logs=(ratings, LOGS), splits=(splits.split(","), SPLITS), ties=(ties.split(","), TIES), seeds=(seeds, SEEDS)
     )
+    page = Page("rl_logged", "Policies from the run's own log", publish, work, lacking)
     body = [
         (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
         f"Seeds 0 to {seeds - 1}. Ties count against the target.\n",
     ]
     files = []
-    for name, path in ratings.items():
-        of_seeds = [measure(work, name, path, "leave-one-out", Ties.FILE, seed) for seed in range(seeds)]
+    for name, split, tie in settings(ratings, splits.split(","), ties.split(",")):
+        of_seeds = [measure(work, name, ratings[name], split, tie, seed) for seed in range(seeds)]
         outcomes = [
             json.loads((file.parent / f"run-{seed}" / RERANKER_OUTCOME_FILE).read_text())
             for seed, file in enumerate(of_seeds)
         ]
         files += of_seeds
-        body += [*test_table(name, of_seeds, outcomes), *out_of_fold_table(outcomes)]
+        title = f"{name}-{split}-{tie.value}"
+        body += [*test_table(title, of_seeds, outcomes), *out_of_fold_table(outcomes)]
     page.write(body, [*files, *map(begun, files)])
 
 
-def test_table(name: str, files: list[Path], outcomes: list[dict[str, Any]]) -> list[str]:
-    """The table of one log's test cases."""
+def test_table(title: str, files: list[Path], outcomes: list[dict[str, Any]]) -> list[str]:
+    """The table of the test cases of one log, split and order of ties."""
     seeds = [dict(np.load(file)) for file in files]
     users, rating = seeds[0]["users"], seeds[0]["rating"]
     used = sum(outcome["used"] for outcome in outcomes)
     lines = [
-        f"\n## {name}\n",
-        f"{len(users)} cases, {len(seeds[0]['popularity']) - 1} movies, data of SHA-256 {str(seeds[0]['data'])[:8]}. "
-        f"The gate let {used} of {len(outcomes)} policies be used.\n",
+        f"\n## {title}\n",
+        f"{len(users)} cases of {len(np.unique(users))} users, {len(seeds[0]['popularity']) - 1} movies, data of "
+        f"SHA-256 {str(seeds[0]['data'])[:8]}. The gate let {used} of {len(outcomes)} policies be used.\n",
         "| test | time | NDCG@10 | less the hybrid | share of the hybrid's | reward-weighted NDCG@10 | share of the "
         "hybrid's |",
         "|---|---|---|---|---|---|---|",
     ]
     resamples = resample(users)
-    for time in (False, True):
+    for time in (time for time in (False, True) if f"hybrid|{time}|ranks" in seeds[0]):
         of_hybrid = figures(seeds, "hybrid", time)
         for model in ROWS:
             own = figures(seeds, model, time)

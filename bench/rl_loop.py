@@ -3,7 +3,10 @@
     python -m bench.rl_loop --work FOLDER RATINGS
 
 Half of the log's users train a run (`jaxrec train`, defaults). The other half, whom it never sees, are the users of the
-simulator, which is fitted on them and is of another family of models (`jaxrec.rl.simulated.users`).
+simulator, which is fitted on them and is of another family of models (`jaxrec.rl.simulated.users`). One loop begins
+with this run and trains the network; the other one begins with the run after `jaxrec rl logged` (defaults) and trains
+the weights of its reranker, which the run uses here even if the gate of `rl logged` refused it: half of the users may
+be too few to show its gain.
 
 A round: every simulated user comes with 20 successive events of its own (others in each round, so that histories do
 not grow over the rounds), asks the server over gRPC for slates, chooses an item or none, rates it, and records that
@@ -14,6 +17,7 @@ and seeds, and never learns. The reward is half for taking and half for the rati
 """
 
 import dataclasses
+import json
 import shutil
 import sqlite3
 import time
@@ -35,9 +39,11 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 from jaxrec.data.store import read_prepared, write_prepared
-from jaxrec.rl.config import RewardWeights, ServedConfig
+from jaxrec.files import new_file
+from jaxrec.rl.config import LoggedConfig, RewardWeights, ServedConfig
 from jaxrec.rl.simulated.fit import SimulatorFit, fit_simulator, profiles, simulator_histories
 from jaxrec.rl.simulated.users import SimulatorParams, choice_terms, start_user, step
+from jaxrec.runs.directory import RERANKER_FILE, RERANKER_OUTCOME_FILE, RERANKER_PARTIAL_FOLDER
 from jaxrec.runs.policy import load_run
 from jaxrec.runs.rl_served import run_served
 from serve.client import Connection, RecommenderClient, UserEvent, recommend_request
@@ -46,6 +52,7 @@ from serve.pb.model_admin_pb2_grpc import ModelAdminStub
 from tests.serve.process import running_server
 
 SEEDS = 5  # of the page
+RUNS = ("reranker", "network")  # what the loop trains
 BATCH, RECORDED = 128, 1000  # recommendations and events per call
 HOUR, DAY = 3600, 86_400
 LOGGED_WITHIN_S = 30.0
@@ -254,21 +261,58 @@ def fitted_users(interactions: pd.DataFrame, data: PreparedData, seed: int = 0) 
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Data, run and figures stay here.")
 @click.option("--seeds", default=SEEDS, show_default=True)
 @click.option("--rounds", default=LoopConfig.rounds, show_default=True)
+@click.option("--runs", default=",".join(RUNS), show_default=True, help="What the loop trains.")
 @publish_option
 @click.argument("ratings", type=click.Path(exists=True, path_type=Path))
-def main(work: Path, seeds: int, rounds: int, publish: bool, ratings: Path) -> None:
-    """Plays what is not there yet, then writes the table."""
-    asked = less(seeds=(seeds, SEEDS), rounds=(rounds, LoopConfig.rounds))
+def main(work: Path, seeds: int, rounds: int, runs: str, publish: bool, ratings: Path) -> None:
+    """Plays what is not there yet, then writes the tables."""
+    kinds = runs.split(",")
+    if unknown := set(kinds) - set(RUNS):
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}; expected {' or '.join(RUNS)}", param_hint="--runs")
+    asked = less(seeds=(seeds, SEEDS), rounds=(rounds, LoopConfig.rounds), runs=(kinds, RUNS))
     page = Page("rl_loop", "The closed loop", publish, work, asked)
     config = LoopConfig(rounds=rounds)
-    run, data, others = trained_half(work, ratings)
+    supervised, data, others = trained_half(work, ratings)
     users, fit = fitted_users(others, data)
+    body, results = setting(config, fit, users, len(data.users), seeds), [work / "begun.json"]
+    for kind in kinds:
+        run, title = supervised, "## The run as it was trained: the loop trains the network\n"
+        if kind == "reranker":
+            run, reason = with_reranker(supervised, work / "run-with-reranker")
+            title = f"## After `jaxrec rl logged`: the loop trains the reranker's weights\n\n`rl logged`: {reason}\n"
+        played = play_seeds(work / kind, run, users, config, seeds)
+        body += [f"\n{title}", *table({arm: [*map(read_figures, files)] for arm, files in played.items()}, config)]
+        results += [file for files in played.values() for file in files]
+    page.write(body, results)
+
+
+def with_reranker(supervised: Path, run: Path) -> tuple[Path, str]:
+    """RUN, a copy of the supervised run after `jaxrec rl logged`, which is resumed where it stopped, and what its gate
+    said. The run uses the reranker whatever the gate said."""
+    if not run.is_dir():
+        copy = run.with_suffix(".copy")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(supervised, copy)
+        copy.rename(run)
+    interrupted = (run / RERANKER_PARTIAL_FOLDER).is_dir()
+    if interrupted or not (run / RERANKER_OUTCOME_FILE).is_file():
+        jaxrec.fine_tune(run, LoggedConfig(), resume=interrupted)
+    with np.load(run / RERANKER_FILE) as arrays:
+        use = {**arrays, "used": True}
+    with new_file(run / RERANKER_FILE) as temporary, temporary.open("wb") as file:
+        np.savez(file, **use)
+    return run, json.loads((run / RERANKER_OUTCOME_FILE).read_text("utf-8"))["reason"]
+
+
+def play_seeds(work: Path, run: Path, users: Users, config: LoopConfig, seeds: int) -> dict[str, list[Path]]:
+    """The files of the rounds of all seeds, of the loop that learns and of its control, played where they are missing;
+    they begin with `run`."""
     if not (work / "model").is_dir():
         jaxrec.export(run, work / "model")
     played: dict[str, list[Path]] = {"learns": [], "control": []}
     for seed in range(seeds):
         for name, files in played.items():
-            folder = work / f"{name}-{seed}-of-{rounds}"
+            folder = work / f"{name}-{seed}-of-{config.rounds}"
             files.append(folder.with_suffix(".json"))
             if files[-1].is_file():
                 continue
@@ -278,22 +322,17 @@ def main(work: Path, seeds: int, rounds: int, publish: bool, ratings: Path) -> N
             rounds_of = loop(folder / "run", work / "model", users, config, seed, folder / "serving", learns)
             figures = [{**one._asdict(), **{n: getattr(one, n).tolist() for n in TERMS}} for one in rounds_of]
             write_figures(files[-1], figures)
-    found = {name: [read_figures(file) for file in files] for name, files in played.items()}
-    results = [work / "begun.json", *played["learns"], *played["control"]]
-    page.write(table(found, config, fit, users, len(data.users)), results)
+    return played
 
 
 TERMS = ("reward", "taken", "rating")
 
 
-def table(
-    played: dict[str, list[list[dict[str, Any]]]], config: LoopConfig, fit: SimulatorFit, users: Users, trained_on: int
-) -> list[str]:
-    """The rounds of all seeds; intervals are over the users, whose seeds are averaged."""
-    seeds = len(played["learns"])
+def setting(config: LoopConfig, fit: SimulatorFit, users: Users, trained_on: int, seeds: int) -> list[str]:
+    """What all tables have in common."""
     paragraphs = [paragraph.strip().replace("\n", " ") for paragraph in (__doc__ or "").split("\n\n")[2:]]
     params = users.params
-    lines = [
+    return [
         *(f"{paragraph}\n" for paragraph in paragraphs),
         f"{trained_on} users trained the run, {len(params.profile)} others are simulated. Held-out next items of the "
         f"simulator's own users: {fit.nats:.3f} nats per event (popularity alone {fit.popularity_nats:.3f}, all "
@@ -304,7 +343,14 @@ def table(
         f"{config.requests} requests of each user in a round for slates of {config.slate}, exploration at temperature "
         f"{config.temperature:g}; `jaxrec rl served` with {config.learning.updates} updates, learning rate "
         f"{config.learning.learning_rate:g}, KL target {config.learning.kl_target:g}, no floors, reward: the hit "
-        f"alone. {seeds} seeds; 95 % intervals over users (Student), each the mean of its seeds.\n",
+        f"alone. {seeds} seeds; 95 % intervals over users (Student), each the mean of its seeds.",
+    ]
+
+
+def table(played: dict[str, list[list[dict[str, Any]]]], config: LoopConfig) -> list[str]:
+    """The rounds of all seeds; intervals are over the users, whose seeds are averaged."""
+    seeds = len(played["learns"])
+    lines = [
         "| round | reward, learning | reward, control | difference | taken | rating of the taken | coverage | gate |",
         "|---|---|---|---|---|---|---|---|",
     ]

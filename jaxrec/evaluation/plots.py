@@ -10,6 +10,8 @@ from matplotlib.ticker import MaxNLocator
 from jaxrec.evaluation.ranking import MetricsRow
 from jaxrec.files import new_file
 
+LOST = "Likelihood that real events lose (nats)"
+
 
 def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Loss and validation NDCG@10 by epoch; `epochs` maps a model's name to the records of its log."""
@@ -31,25 +33,42 @@ def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def plot_rl(steps: Sequence[Mapping[str, float]], path: Path) -> None:
-    """The training of a policy: by update its reward, distance, spread, importance weights and the likelihood that real
-    events lose, as far as it has them."""
-    panels = {
+    """The training of a policy.
+
+    By update, as far as the records have them: its reward, its distance, what keeps it near, its spread and importance
+    weights, and the likelihood that real events lose. For the latter also the path of reward and lost likelihood.
+    """
+    by_update = {
         "Mean reward of a slate": ("reward",),
         "KL to where it started (nats)": ("kl",),
+        "Weight of the KL penalty": ("kl_coefficient",),
         "Entropy (nats)": ("entropy",),
         "Coverage of a batch's slates": ("coverage",),
         "Importance weights": ("ess_share", "clipped_share"),
-        "Likelihood that real events lose (nats)": ("likelihood_lost",),
+        LOST: ("likelihood_lost",),
     }
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
-    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+    known = {name for record in steps for name in record}
+    panels = {title: names for title, names in by_update.items() if known.intersection(names)}
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    axes = iter(figure.subplots(2, 4).ravel())
+    for title, names in panels.items():
+        axis = next(axes)
         for name in names:
             points = [(record["step"], record[name]) for record in steps if name in record]
             axis.plot([step for step, _ in points], [value for _, value in points], linewidth=0.8, label=name)
         axis.set(title=title, xlabel="update")
         if len(names) > 1:
             axis.legend(fontsize="small")
+    if LOST in panels:
+        axis = next(axes)
+        lost, reward = ([record[name] for record in steps] for name in ("likelihood_lost", "reward"))
+        axis.plot(lost, reward, "o-", linewidth=0.4, markersize=3)
+        axis.plot(lost[-1], reward[-1], "o", color="black", label="last updates")
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set(title="What the reward costs", xlabel=LOST, ylabel="mean reward of a slate")
+        axis.legend(fontsize="small")
+    for axis in axes:
+        axis.set_axis_off()
     _save(figure, path)
 
 
@@ -58,11 +77,11 @@ def plot_logged(curves: Sequence[Mapping[str, Any]], frontier: Sequence[Mapping[
 
     Args:
         curves: `jaxrec.rl.logged.learn.Point` of each fit and update, as mappings.
-        frontier: The same of fits with several weights of the rewards; empty: that panel is left out.
+        frontier: The same of fits with several weights of the rewards.
         path: PNG file.
     """
-    figure = Figure(figsize=(13, 4) if frontier else (9, 4), layout="constrained")
-    axes = figure.subplots(1, 3 if frontier else 2)
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, measure, title in ((axes[0], "reward", "Slate reward"), (axes[1], "ndcg", "NDCG@10")):
         for name in dict.fromkeys(point["name"] for point in curves):
             points = [(point["step"], point[measure]) for point in curves if point["name"] == name]
@@ -70,11 +89,10 @@ def plot_logged(curves: Sequence[Mapping[str, Any]], frontier: Sequence[Mapping[
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set(title=f"{title} of held-out users, gain over the mix", xlabel="update")
         axis.legend(fontsize="small")
-    if frontier:
-        axes[2].plot([point["ndcg"] for point in frontier], [point["reward"] for point in frontier], "o-")
-        for point in frontier:
-            axes[2].annotate(f"{point['reward_weight']:g}", (point["ndcg"], point["reward"]), fontsize="small")
-        axes[2].set(title="Weight of the rewards", xlabel="gain in NDCG@10", ylabel="gain in slate reward")
+    axes[2].plot([point["ndcg"] for point in frontier], [point["reward"] for point in frontier], "o-")
+    for point in frontier:
+        axes[2].annotate(f"{point['reward_weight']:g}", (point["ndcg"], point["reward"]), fontsize="small")
+    axes[2].set(title="Frontier, by weight of the rewards", xlabel="gain in NDCG@10", ylabel="gain in slate reward")
     _save(figure, path)
 
 

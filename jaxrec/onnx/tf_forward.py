@@ -215,21 +215,22 @@ def _summary(tables: RerankerItems, item: Any, rating: Any, gap: Any, length: An
 
 def _next_summary(codes: Any, numbers: Any, code: Any, rating: Any, gap: Any) -> tuple[Any, Any]:
     """The summary after one more event, as `jaxrec.models.summary.updated`."""
-    rating, gap = tf.expand_dims(rating, 1), tf.expand_dims(gap, 1)
-    is_rated = tf.cast(rating >= 0, tf.float32)
-    continues = tf.cast(tf.logical_and(gap >= 0, gap <= np.float32(SESSION_S)), tf.float32)
-    of_event = tf.concat([continues, tf.maximum(gap, 0.0), is_rated, is_rated * rating, rating], axis=1)
+    event = tf.stack([rating, gap, gap], axis=1)
+    flags = tf.cast(event >= _FLAGS, tf.float32)
+    of_event = tf.concat([flags, tf.maximum(event, 0.0), tf.expand_dims(rating, 1)], axis=1)
     stays, added = tf.split(tf.matmul(of_event, _BY_EVENT) + _ALWAYS, 2, axis=1)
     kept = np.repeat(np.array([1, DECAY], np.float32), code.shape[1])
     return codes * kept + tf.concat([code, code], axis=1), numbers * stays + added
 
 
-_BY_EVENT = np.zeros((5, 2 * NUMBERS), np.float32)
-_BY_EVENT[np.arange(5), [1, NUMBERS + 2, NUMBERS + 3, NUMBERS + 4, NUMBERS + 5]] = 1
+_FLAGS = np.array([0, 0, np.nextafter(np.float32(SESSION_S), np.float32(np.inf))], np.float32)
+_BY_EVENT = np.zeros((7, 2 * NUMBERS), np.float32)
+_BY_EVENT[[1, 2], 1] = 1, -1
+_BY_EVENT[[4, 0, 3, 6], NUMBERS + np.arange(2, NUMBERS)] = 1
 _ALWAYS = np.array([1, 0, 0, 1, 1, 0, 1, 1, 0, 0, 0, 0], np.float32)
 """What stays of the six numbers of a summary, and what is added to them: events, session, gap, rated, ratings, last
-rating. _BY_EVENT [5, 2 * NUMBERS] is for whether the session continues, the gap, whether there is a rating, the rating
-or 0, and the rating."""
+rating. _BY_EVENT [7, 2 * NUMBERS] is for whether there is a rating, whether there is a gap and whether it is longer
+than a session's (_FLAGS), for the rating or 0, the gap or 0 twice, and for the rating."""
 
 
 def _advance(weights: Weights, state: list[Any], vectors: Any, rating: Any, gap: Any) -> list[Any]:
@@ -365,35 +366,31 @@ def _reranked(
     # Padding is NEVER, so it is no real candidate.
     mix, best = tf.math.top_k(allowed, min(CANDIDATES, items.vectors.shape[0] - 1))
     of_best = places(best)
-    where = mix > NEVER / 2
-    real = tf.cast(where, tf.float32)
-    count = tf.maximum(tf.reduce_sum(real, axis=1, keepdims=True), 1.0)
-    width, rank = items.vectors.shape[1], reranker.rank
-    genres = items.reranker.candidate.shape[1] - rank - 3
-    decoder, of_genres, biases, ratings = tf.split(
-        tf.gather(items.reranker.candidate, best), [rank, genres, 2, 1], axis=2
-    )
+    # [batch, 1, candidates]: 0 where there is a candidate, otherwise far below all scores.
+    lack = tf.expand_dims(mix - tf.maximum(mix, np.float32(NEVER / 2)), 1)
+    width, decoder = items.vectors.shape[1], tf.gather(items.reranker.decoder, best)
+    of_genres, biases, ratings = tf.split(tf.gather(items.reranker.attributes, best), _widths(items.reranker), axis=2)
     query_halves = tf.expand_dims(query, 2) * np.repeat(np.eye(2, dtype=np.float32), width // 2, axis=0)
     halves = tf.matmul(tf.gather(items.vectors, best), query_halves) + biases
     of_cooccurrence = tf.expand_dims(tf.gather_nd(cooccurrence, of_best), 2)
     codes, numbers = summary
     features = tf.concat(
         [
-            tf.expand_dims(mix * real, 2),
+            tf.expand_dims(mix, 2),
             halves,
             of_cooccurrence,
             tf.math.log(of_cooccurrence + np.float32(LEAST_COOCCURRENCE)),
             tf.expand_dims(tf.gather(trend, best), 2),
-            tf.matmul(decoder, tf.reshape(codes, [-1, 2, rank]), transpose_b=True),
-            tf.matmul(of_genres, _recent_genres(items.reranker, recent, rank, rank + genres), transpose_b=True),
+            tf.matmul(decoder, tf.reshape(codes, [-1, 2, reranker.rank]), transpose_b=True),
+            tf.matmul(of_genres, _recent_genres(items.reranker, recent), transpose_b=True),
             ratings,
         ],
         axis=2,
     )
-    means = tf.matmul(tf.expand_dims(real / count, 1), features)
+    means = tf.matmul(tf.nn.softmax(lack), features)
     features = (features - means) * (1 / reranker.scales.features)
     features = _clipped(features, FEATURE_LIMIT)
-    context = _context(reranker, halves, where, count, request_gap, numbers)
+    context = _context(reranker, halves, lack, request_gap, numbers)
     by_request = tf.matmul(context, reranker.weights.by_context[_CONTEXT_ORDER]) + reranker.weights.direct
     # NEVER is so large that it stays what it is: where there is no candidate, 0 is added.
     scores = mix + tf.squeeze(tf.matmul(features, tf.expand_dims(by_request, 2)), 2)
@@ -401,12 +398,17 @@ def _reranked(
     return tf.tensor_scatter_nd_add(logits, of_best, change)
 
 
-def _recent_genres(items: RerankerItems, recent: Any, first: int, last: int) -> Any:
+def _recent_genres(items: RerankerItems, recent: Any) -> Any:
     """[batch, 2, genres]: the genres of the last item, and the mean of those of the recent ones. Those of padding are
     zero."""
-    of_recent = tf.gather(items.candidate, recent)[:, :, first:last]
-    count = tf.matmul(tf.minimum(tf.cast(recent, tf.float32), 1.0), _LAST_AND_ALL, transpose_b=True)
-    return tf.matmul(_LAST_AND_ALL, of_recent) / tf.expand_dims(tf.maximum(count, 1.0), 2)
+    of_recent = tf.gather(items.attributes, recent)[:, :, : _widths(items)[0]]
+    known = tf.expand_dims(tf.minimum(tf.cast(recent, tf.float32), 1.0), 1)
+    return tf.matmul(tf.nn.softmax(known * (-np.float32(NEVER) * _LAST_AND_ALL)), of_recent)
+
+
+def _widths(items: RerankerItems) -> list[int]:
+    """Of the attributes: genres, biases, mean rating."""
+    return [items.attributes.shape[1] - 3, 2, 1]
 
 
 _LAST_AND_ALL = np.stack([np.eye(RECENT_ITEMS)[0], np.ones(RECENT_ITEMS)]).astype(np.float32)
@@ -416,15 +418,19 @@ def _clipped(values: Any, limit: float) -> Any:
     return tf.raw_ops.ClipByValue(t=values, clip_value_min=-limit, clip_value_max=limit)
 
 
+_OF_NUMBERS = np.zeros((1 + NUMBERS, 8), np.float32)
+_OF_NUMBERS[[0, 0, 1, 2, 3, 5, 4, 6], np.arange(8)] = 1
+"""From the request gap and the numbers of a summary to: the request gap twice, events, session, gap, ratings, rated,
+last rating."""
 _CONTEXT_ORDER = np.array(
     [
         CONTEXT.index(name)
         for name in (
-            "timed",
             "log_request_gap",
             "log_events",
             "log_session",
             "log_gap",
+            "timed",
             "user_rating",
             "last_rating",
             "lstm_entropy",
@@ -436,31 +442,39 @@ _CONTEXT_ORDER = np.array(
 """The context's order in the graph, in which neighbours are computed alike."""
 
 
-def _context(reranker: RerankerArrays, halves: Any, where: Any, count: Any, request_gap: Any, numbers: Any) -> Any:
-    """[batch, CONTEXT], scaled, in _CONTEXT_ORDER; `count` [batch, 1] of the candidates, at least 1; `numbers` [batch,
-    NUMBERS] of the summary."""
-    request_gap = tf.expand_dims(request_gap, 1)
-    timed = tf.cast(request_gap >= 0, tf.float32)
-    counts, rated, ratings, last = tf.split(numbers, [3, 1, 1, 1], axis=1)
-    user_rating = (ratings + np.float32(RATING_PRIOR * reranker.mean_rating)) / (rated + np.float32(RATING_PRIOR))
+def _context(reranker: RerankerArrays, halves: Any, lack: Any, request_gap: Any, numbers: Any) -> Any:
+    """[batch, CONTEXT], scaled, in _CONTEXT_ORDER.
+
+    Args:
+        reranker: Its scales and the mean rating.
+        halves: [batch, candidates, 2], the models' logits.
+        lack: [batch, 1, candidates], 0 for real candidates, which come first; otherwise far below all scores.
+        request_gap: [batch].
+        numbers: [batch, NUMBERS] of the summary.
+    """
+    known = tf.concat([tf.maximum(tf.expand_dims(request_gap, 1), -1.0), numbers], axis=1)
+    prior = np.float32(RATING_PRIOR)
+    linear = tf.matmul(known, _OF_NUMBERS) + np.array([1] * 5 + [prior * reranker.mean_rating, prior, 0], np.float32)
+    timed, logs, ratings, rated, last = tf.split(linear, [1, 4, 1, 1, 1], axis=1)
+    user_rating = ratings / rated
     # Of both models [batch, 2, candidates]; the product of a probability of 0 with its logarithm is 0.
-    log_p = tf.nn.log_softmax(tf.where(tf.expand_dims(where, 1), tf.transpose(halves, [0, 2, 1]), np.float32(NEVER)))
-    # The real candidates come first; where there is none, both are NEVER.
-    apart = tf.abs(tf.matmul(np.array([[1, -1]], np.float32), log_p[:, :, :COMPARED]))
+    log_p = tf.nn.log_softmax(tf.transpose(halves, [0, 2, 1]) + lack)
+    first = np.where(np.arange(halves.shape[1]) < COMPARED, 0, NEVER).astype(np.float32)
+    apart = tf.abs(tf.matmul(np.array([[1, -1]], np.float32), log_p)) * tf.nn.softmax(lack + first)
     context = tf.concat(
         [
-            timed,
-            tf.math.log(tf.concat([tf.maximum(request_gap, 0.0), counts], axis=1) + 1.0),
+            tf.math.log(tf.maximum(logs, 1.0)),
+            tf.minimum(timed, 1.0),
             user_rating,
             tf.where(last >= 0, last, user_rating),
-            tf.reduce_sum(tf.exp(log_p) * log_p, axis=2),  # the negative entropies
-            tf.reduce_sum(apart, axis=2) / tf.minimum(count, np.float32(COMPARED)),
+            tf.reduce_sum(tf.concat([tf.exp(log_p) * log_p, apart], axis=1), axis=2),  # the entropies negative
         ],
         axis=1,
     )
     mean, scale = (values[_CONTEXT_ORDER] for values in (reranker.scales.context_mean, reranker.scales.context))
     sign = np.array([-1 if "entropy" in CONTEXT[place] else 1 for place in _CONTEXT_ORDER], np.float32)
-    return _clipped((context - sign * mean) * (sign / scale), CONTEXT_LIMIT)
+    scaled = tf.matmul(context, np.diag(sign / scale).astype(np.float32)) - (mean / scale).astype(np.float32)
+    return _clipped(scaled, CONTEXT_LIMIT)
 
 
 def _capped(logits: Any, new: Any) -> Any:

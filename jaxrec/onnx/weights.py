@@ -59,12 +59,13 @@ class TrendWeights:
 class RerankerItems(NamedTuple):
     """What a reranker looks up.
 
-    `encoder` [items + 1, rank]; `candidate` [items + 1, rank + genres + 3]: decoder, genres, the biases of the parts
-    and the mean rating side by side, since one lookup costs less than four.
+    `encoder` and `decoder` [items + 1, rank]; `attributes` [items + 1, genres + 3]: genres, the biases of the parts and
+    the mean rating side by side, since one lookup costs less than three.
     """
 
     encoder: np.ndarray
-    candidate: np.ndarray
+    decoder: np.ndarray
+    attributes: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +195,8 @@ def _reranker_arrays(reranker: Reranker, policy: PolicyHead | None) -> RerankerA
     tables, scales, weights = jax.tree.map(np.asarray, (reranker.tables, reranker.scales, reranker.weights))
     if policy is not None and policy.reranker_shift is not None:
         weights = jax.tree.map(np.add, weights, policy.reranker_shift)
-    of_candidates = tables.decoder, tables.genres, tables.part_bias, tables.item_rating[:, None]
-    items = RerankerItems(tables.encoder, np.concatenate(of_candidates, axis=1))
+    attributes = tables.genres, tables.part_bias, tables.item_rating[:, None]
+    items = RerankerItems(tables.encoder, tables.decoder, np.concatenate(attributes, axis=1))
     return RerankerArrays(items, tables.encoder.shape[1], float(tables.item_rating[0]), scales, weights)
 
 

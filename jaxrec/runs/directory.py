@@ -30,6 +30,7 @@ RUN/policy.previous/            the policy that was in use before, where there w
 RUN/policy.simulator.partial/   where an interrupted training with simulated users stands
 RUN/policy_from_log.json        the outcome of the last training on a server's log
 RUN/policy_from_simulator.json  the outcome of the last training with simulated users
+RUN/policy_from_simulator.png   its course, and what the reward cost
 """
 
 from __future__ import annotations
@@ -94,12 +95,14 @@ RERANKER_REFUSED_FILE = "reranker.refused.json"
 RERANKER_PARTIAL_FOLDER = "reranker.partial"
 SERVED_OUTCOME_FILE = "policy_from_log.json"
 SIMULATED_OUTCOME_FILE = "policy_from_simulator.json"
+SIMULATED_PLOT_FILE = "policy_from_simulator.png"
 POLICY_FILES = (
     POLICY_FOLDER,
     POLICY_PREVIOUS_FOLDER,
     SIMULATOR_PARTIAL_FOLDER,
     SERVED_OUTCOME_FILE,
     SIMULATED_OUTCOME_FILE,
+    SIMULATED_PLOT_FILE,
     RERANKER_FILE,
     RERANKER_OUTCOME_FILE,
     RERANKER_PLOT_FILE,

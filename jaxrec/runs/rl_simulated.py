@@ -18,6 +18,7 @@ from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.split import Cases
 from jaxrec.errors import DataError
+from jaxrec.evaluation.plots import plot_rl
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.cases import CaseResults, case_evaluator, case_states
@@ -34,7 +35,7 @@ from jaxrec.rl.simulated.recommender import every_user, recommender_environment,
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
 from jaxrec.rl.simulated.train import train_simulated
 from jaxrec.rl.states import policy_states
-from jaxrec.runs.directory import SIMULATED_OUTCOME_FILE, SIMULATOR_PARTIAL_FOLDER
+from jaxrec.runs.directory import SIMULATED_OUTCOME_FILE, SIMULATED_PLOT_FILE, SIMULATOR_PARTIAL_FOLDER
 from jaxrec.runs.policy import LoadedRun, PolicyInUse, digest_in_use, policy_in_use, require_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
@@ -71,7 +72,7 @@ def run_simulated(
 ) -> PolicyOutcome:
     """Trains from the policy in use with simulated users of the log `ratings`, and replaces it only if
     `jaxrec.rl.simulated.evaluate.simulated_outcome` agrees. Its decision is also written to
-    RUN/policy_from_simulator.json.
+    RUN/policy_from_simulator.json, and its course is plotted in RUN/policy_from_simulator.png.
 
     With `resume` an interrupted training continues, with the configuration that it started with.
     Raises DataError where the log cannot be read or has too few other users, there is nothing to resume, or another
@@ -118,6 +119,7 @@ def run_simulated(
         "summary": outcome.summary,
         "reason": outcome.reason,
     }
+    plot_rl(records, run.folder / SIMULATED_PLOT_FILE)
     write_text(run.folder / SIMULATED_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
     checkpoint.remove()
     return outcome

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxrec
 from bench.rl_loop import LoopConfig, Users, fitted_users, loop
 from jaxrec.data.prepared import PreparedData
 from jaxrec.models.hybrid import Hybrid
@@ -17,7 +18,7 @@ from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.served.event_store import read_served_log
 from jaxrec.runs import export
 from jaxrec.runs import policy as policy_files
-from jaxrec.runs.directory import open_run
+from jaxrec.runs.directory import POLICY_FOLDER, open_run
 from tests.rl.simulated.simulated import genre_lovers
 
 USERS, LIKED = 240, 12
@@ -72,6 +73,27 @@ def test_what_is_learned_from_the_log_is_served_and_earns_more(
     for one in log.recommendations:
         assert len(one.history.items) >= CONFIG.events
         assert not set(one.slate.tolist()) & set(one.history.items.tolist())
+
+
+def test_a_run_with_a_reranker_learns_from_its_own_log(
+    new_run: Callable[[Path, Hybrid], Path],
+    small_hybrid: Hybrid,
+    with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid],
+    users: Users,
+    small_data: PreparedData,
+    tmp_path: Path,
+) -> None:
+    supervised = with_random_reranker(small_hybrid.with_policy(None), small_data)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (policy_files, export):
+            patch.setattr(module, "load_supervised", lambda run, data: supervised)
+        run = new_run(tmp_path, supervised)
+        jaxrec.export(run, tmp_path / "model")
+        before, after = loop(run, tmp_path / "model", users, CONFIG, 0, tmp_path / "serving", learns=True)
+    # The slates are drawn anew in each run, so that the gate may decide either way; but they are of the policy in use.
+    assert "effective sample size" in before.decision
+    assert (after.version != before.version) == before.used
+    assert (run / POLICY_FOLDER).is_dir() == before.used
 
 
 def test_control_never_learns(run: Path, model_directory: Path, users: Users, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_the_item_matrix_is_stored_once(exported) -> None:
         arrays = ["item_bias", "item_vectors", "neighbour_item", "neighbour_weight"]
         arrays += [] if exported.hybrid.new_items is None else ["new_items"]
         if exported.hybrid.reranker is not None:
-            arrays += ["encoder", "candidate"]
+            arrays += ["encoder", "decoder", "attributes"]
             constants = set(large) - set(arrays)  # the policy's bias of the items, which comes after the reranker
             assert len(constants) == 1
             large = [name for name in large if name not in constants]

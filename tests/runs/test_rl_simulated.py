@@ -35,6 +35,7 @@ from jaxrec.runs.directory import (
     POLICY_FOLDER,
     POLICY_PREVIOUS_FOLDER,
     SIMULATED_OUTCOME_FILE,
+    SIMULATED_PLOT_FILE,
     SIMULATOR_PARTIAL_FOLDER,
     open_run,
 )
@@ -220,6 +221,7 @@ def test_what_gains_nothing_is_refused_and_the_users_are_reported(run: Path, loa
     assert sha256(run / POLICY_FOLDER / "policy.json") == digest
     assert not (run / POLICY_PREVIOUS_FOLDER).exists()
     assert json.loads((run / SIMULATED_OUTCOME_FILE).read_text())["reason"] == found.reason
+    assert (run / SIMULATED_PLOT_FILE).is_file()  # also of a training whose policy is refused
 
 
 def results(reward: float, ndcg_rank: np.ndarray, spread: float = 0.0) -> SimulatedResults:

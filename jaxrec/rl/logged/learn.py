@@ -5,9 +5,8 @@ were trained on the users that evaluate them. Three fits are compared with the m
 gives), imitation and rewards, and the same with permuted rewards, a control that should gain nothing. It decides
 nothing.
 
-A budget of NDCG@10 chooses the weight of the rewards: it is the multiplier of a Lagrangian that trades one for the
-other, so the fits with several weights trace the frontier of both, and the one that earns most within the budget is
-used.
+Fits with several weights of the rewards trace the frontier of reward and NDCG@10: the weight is the multiplier of a
+Lagrangian that trades one for the other. A budget of NDCG@10 chooses the weight that earns most within it.
 """
 
 import dataclasses
@@ -32,6 +31,7 @@ from jaxrec.rl.states import by_batches
 from jaxrec.training.stopping import StopRequested, never
 
 MIX, IMITATION, RERANKED, PERMUTED = "mix", "imitation only", "imitation and rewards", "permuted rewards"
+BEYOND = 10  # times the weight of the rewards, for the last point of the frontier where no budget asks for more
 ROWS = 2048  # decisions whose rewards are computed at once
 
 
@@ -57,7 +57,7 @@ class Point(NamedTuple):
 
 class Learned(NamedTuple):
     """`policy` and `stacked` (imitation alone), fitted to all folds, the `outcome`, the weight of the rewards that was
-    used, the `curves` of the fits that are compared, and the `frontier`, empty without a budget."""
+    used, the `curves` of the fits that are compared, and the `frontier`, from no rewards to the largest weight."""
 
     policy: Fitted
     stacked: Fitted
@@ -119,14 +119,15 @@ def learn_reranker(
         results(fold, fold.mix, rewards, rating, config)
         for fold, rewards, rating in zip(folds, earned, ratings, strict=True)
     ]
-    found, curves, frontier = {MIX: joined(mix)}, list[Point](), list[Point]()
     imitation = dataclasses.replace(config, reward_weight=0.0)
-    found[IMITATION], curve = ranked(IMITATION, imitation)
-    curves += curve
+    weighted = {0.0: ranked(IMITATION, imitation)}
+    usual = config.reward_weight, BEYOND * config.reward_weight
+    for weight in usual if config.ndcg_budget is None else BUDGET_WEIGHTS:
+        if weight:
+            weighted[weight] = ranked(RERANKED, dataclasses.replace(config, reward_weight=weight))
+    frontier = [curve[-1] for _, curve in weighted.values()]
     if config.ndcg_budget is not None:
-        floor = curve[-1].ndcg - config.ndcg_budget * float(found[IMITATION].ndcg.mean())
-        weighted = (dataclasses.replace(config, reward_weight=weight) for weight in BUDGET_WEIGHTS)
-        frontier = [curve[-1], *(ranked(RERANKED, each)[1][-1] for each in weighted)]
+        floor = frontier[0].ndcg - config.ndcg_budget * float(weighted[0.0][0].ndcg.mean())
         chosen = max((point for point in frontier if point.ndcg >= floor), key=lambda point: point.reward)
         config = dataclasses.replace(config, reward_weight=chosen.reward_weight)
 
@@ -134,9 +135,13 @@ def learn_reranker(
         """Rewards of other decisions, in another order: neither the next item nor the place says anything of them."""
         return rng.permuted(rng.permutation(rows), axis=1)
 
-    for name, rewards in ((RERANKED, lambda rows: rows), (PERMUTED, permuted)):
-        found[name], curve = ranked(name, config, rewards)
-        curves += curve
+    fits = {
+        IMITATION: weighted[0.0],
+        RERANKED: weighted[config.reward_weight],
+        PERMUTED: ranked(PERMUTED, config, permuted),
+    }
+    found = {MIX: joined(mix), **{name: of_fit for name, (of_fit, _) in fits.items()}}
+    curves = [point._replace(name=name) for name, (_, curve) in fits.items() for point in curve]
     everything, all_rewards = Decisions.joined(folds), np.concatenate(earned)
     policy, stacked = (fit_reranker(everything, all_rewards, each, stop) for each in (config, imitation))
     of_validation = *candidate_rewards(validation, data, config), config

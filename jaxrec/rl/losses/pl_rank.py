@@ -53,21 +53,20 @@ def pl_rank_gradient(key: jax.Array, scores: jax.Array, rewards: jax.Array, disc
     batch, items = scores.shape
     k = min(len(discounts), items)
     discounts = jnp.asarray(discounts)[:k]
-    rows = jnp.arange(batch)[:, None]
     drawn, placed = jax.lax.top_k(scores + jax.random.gumbel(key, scores.shape), k)
     real = drawn > NEVER / 2
-    earned = jnp.where(real, jnp.take_along_axis(rewards, placed, axis=1) * discounts, 0.0)
+    placed_rewards = jnp.take_along_axis(rewards, placed, axis=1)
+    earned = jnp.where(real, placed_rewards * discounts, 0.0)
     from_here = jnp.cumsum(earned[:, ::-1], axis=1)[:, ::-1]
     after = jnp.concatenate([from_here[:, 1:], jnp.zeros((batch, 1))], axis=1)
     weight = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     of_placed = jnp.where(real, jnp.take_along_axis(weight, placed, axis=1), 0.0)
+    rows = jnp.arange(batch)[:, None]
     # Summed from the back, so that nothing is subtracted that could cancel.
     outside = jnp.sum(weight.at[rows, placed].set(0.0), axis=1, keepdims=True)
     left = outside + jnp.cumsum(of_placed[:, ::-1], axis=1)[:, ::-1]
     left = jnp.where(real, left, jnp.inf)
     chances = jnp.cumsum(discounts / left, axis=1)
     forgone = jnp.cumsum(from_here / left, axis=1)
-    rank = jnp.full((batch, items), k - 1).at[rows, placed].set(jnp.arange(k)[None])
-    direct = jnp.zeros((batch, items)).at[rows, placed].set(after)
-    taken = jnp.take_along_axis(chances, rank, axis=1), jnp.take_along_axis(forgone, rank, axis=1)
-    return direct + weight * (rewards * taken[0] - taken[1])
+    of_others = weight * (rewards * chances[:, -1:] - forgone[:, -1:])
+    return of_others.at[rows, placed].set(after + of_placed * (placed_rewards * chances - forgone))

@@ -47,7 +47,8 @@ def test_a_feature_that_says_what_comes_next_is_used(small_data: PreparedData) -
     )
     assert [point.name for point in learned.curves] == [IMITATION, RERANKED, PERMUTED]
     assert learned.curves[1].ndcg == pytest.approx(found.differences["ndcg"]["mean"])
-    assert not learned.frontier
+    assert [point.reward_weight for point in learned.frontier] == [0.0, CONFIG.reward_weight, 10 * CONFIG.reward_weight]
+    assert learned.frontier[1] == learned.curves[1]
 
 
 def test_without_anything_to_learn_the_mix_stays(small_data: PreparedData) -> None:

