@@ -70,8 +70,8 @@ def initial_state(
 def softmax_sample(item_count: int, sampled_items: int | None) -> int:
     """How many items estimate the softmax's normalizer in a step; 0: it is computed in full.
 
-    Where the configuration does not say it, cost decides: the softmax is sampled where the full one has WORTH_FULL times
-    as many products. Both have as many positions and the same width, so that the items decide. Of a step of 1,600
+    Where the configuration does not say it, cost decides: the softmax is sampled where the full one has WORTH_FULL
+    times as many products. Both have as many positions and the same width, so that the items decide. Of a step of 1,600
     positions the full softmax took 0.40, 0.97, 1.80 and 3.74 s with 10,000, 30,000, 60,000 and 100,000 items, and 8,192
     sampled items 0.46, 0.68, 0.59 and 0.55 s, each the least of four steps on a busy machine. `python -m bench.softmax`
     measures this, and the quality of both, again.
