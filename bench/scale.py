@@ -179,7 +179,7 @@ def training_parts(run: Path, began: float) -> dict[str, Any]:
     for name, folder in (("LSTM", run / LSTM_FOLDER), ("content model", run / CONTENT_FOLDER)):
         (epoch,) = read_json_lines(folder / LOG_FILE, "train again")
         last = (folder / LOG_FILE).stat().st_mtime
-        steps = sum(1 for _ in (folder / STEPS_FILE).open(encoding="utf-8"))
+        steps = len(read_json_lines(folder / STEPS_FILE, "train again"))
         found[f"{name}: {steps:,} steps"] = epoch["seconds"]
         found[f"{name}: validation"] = epoch["validation_seconds"]
     return {**found, "content heads and mix": ends[2] - last}

@@ -67,10 +67,10 @@ WAYS: tuple[Step | Epoch, ...] = (
     *(Epoch(30_000, 8_000, LARGE, SAMPLED, rate) for rate in (3e-3, 6e-3)),
 )
 TINY: tuple[Step | Epoch, ...] = (
-    Step(500, 400, 0),
-    Step(500, 400, 100),
-    Epoch(500, 50, 400, 100),
-    Epoch(500, 50, 400, 0),
+    Step(2_000, 400, 0),
+    Step(2_000, 400, 100),
+    Epoch(2_000, 50, 400, 100),
+    Epoch(2_000, 50, 400, 0),
 )
 """For tests."""
 

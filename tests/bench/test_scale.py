@@ -1,10 +1,10 @@
 """bench/scale.py, at a tiny size: every stage runs, and what is measured is not measured again."""
 
+import contextlib
 import os
 import re
 import sys
 from pathlib import Path
-from typing import IO
 
 import pytest
 from click.testing import CliRunner
@@ -52,20 +52,21 @@ def test_a_stage_that_fails_ends_the_bench(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_all_processes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two children hold 100 MB each until both were seen together, and then a fifo is opened to let them go."""
+    """Two children hold 100 MB each until both were seen together, and a fifo is opened to let them go."""
     fifo, held_gb = tmp_path / "seen", scale.held_gb
     os.mkfifo(fifo)
     hold = f"held = bytearray(100_000_000); open({str(fifo)!r}).read()"
     command = f'"{sys.executable}" -c "$0" & "{sys.executable}" -c "$0" & wait'
 
-    def seen(pids: list[int]) -> float:
-        found = held_gb(pids)
-        if found > 0.2 and not let_go:
-            let_go.append(fifo.open("w"))
-            let_go[0].close()
-        return found
+    together: list[float] = []
 
-    let_go: list[IO[str]] = []
+    def seen(pids: list[int]) -> float:
+        together.append(held_gb(pids))
+        if max(together) > 0.2:
+            with contextlib.suppress(OSError):  # while nobody reads
+                os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        return together[-1]
+
     monkeypatch.setattr(scale, "held_gb", seen)
     found = scale.watched(["/bin/sh", "-c", command, hold], tmp_path / "output")
     assert 0.2 < found["peak_gb"] < 0.4
