@@ -23,7 +23,7 @@ from flax import nnx
 from bench.publish import Page, less, publish_option, read_figures, write_figures
 from bench.sequential_log import ITEMS_FILE, LOG_FOLDER, best_scorer, write_log
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
-from jaxrec.data.batches import BATCH_TOKENS, MAX_EARLIER, TrainBatch, TrainingData, prefetch
+from jaxrec.data.batches import MAX_EARLIER, TrainBatch, TrainingData, prefetch
 from jaxrec.data.events import Events
 from jaxrec.data.prepare import prepare
 from jaxrec.data.store import read_prepared
@@ -59,11 +59,16 @@ class Epoch(NamedTuple):
 
 
 SIZES = (10_000, 30_000, 60_000, 100_000, 300_000)
-LARGE = 4 * BATCH_TOKENS
+LARGE = 4 * TrainConfig.batch_tokens
 WAYS: tuple[Step | Epoch, ...] = (
-    *(Step(items, tokens, sampled) for items in SIZES for tokens in (BATCH_TOKENS, LARGE) for sampled in (0, SAMPLED)),
-    *(Epoch(items, 8_000, BATCH_TOKENS, sampled) for items in SIZES for sampled in (0, SAMPLED)),
-    *(Epoch(30_000, 8_000, BATCH_TOKENS, sampled) for sampled in (2048, 4096)),
+    *(
+        Step(items, tokens, sampled)
+        for items in SIZES
+        for tokens in (TrainConfig.batch_tokens, LARGE)
+        for sampled in (0, SAMPLED)
+    ),
+    *(Epoch(items, 8_000, TrainConfig.batch_tokens, sampled) for items in SIZES for sampled in (0, SAMPLED)),
+    *(Epoch(30_000, 8_000, TrainConfig.batch_tokens, sampled) for sampled in (2048, 4096)),
     *(Epoch(30_000, 8_000, LARGE, SAMPLED, rate) for rate in (3e-3, 6e-3)),
 )
 TINY: tuple[Step | Epoch, ...] = (

@@ -138,7 +138,7 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops.
-    `batch_tokens`: events of a step; None: by the number of training events (`jaxrec.data.batches.tokens_of_step`).
+    `batch_tokens`: events of a step.
     `sampled_items`: how many items estimate the softmax's normalizer in a step; 0: all of them are computed; None: by
     the catalogue's size (`jaxrec.training.step.softmax_sample`). `seen`: whether items of the history may
     be recommended again. `jaxrec.runs.train` replaces AUTO by ALLOW or EXCLUDE before it trains; the training itself
@@ -147,7 +147,7 @@ class TrainConfig:
     seed: int = 0
     max_epochs: int = 16
     patience: int = 6
-    batch_tokens: int | None = None
+    batch_tokens: int = 1600
     learning_rate: float = 3e-3
     warmup_fraction: float = 0.05
     weight_decay: float = 0.01

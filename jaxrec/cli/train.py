@@ -35,11 +35,7 @@ CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the da
     default=TrainConfig.patience,
     help="Training stops after so many epochs without a better validation NDCG@10.",
 )
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(1),
-    help="Events per step.  [default: 1600, and up to 12800 for more than 6.4 million training events]",
-)
+@click.option("--batch-tokens", type=click.IntRange(1), default=TrainConfig.batch_tokens, help="Events per step.")
 @click.option(
     "--learning-rate", type=float, default=TrainConfig.learning_rate, help="Peak learning rate, after the warm-up."
 )
@@ -94,7 +90,7 @@ def train(
     new_data: Path | None,
     max_epochs: int,
     patience: int,
-    batch_tokens: int | None,
+    batch_tokens: int,
     learning_rate: float,
     hidden: int,
     max_length: int,

@@ -19,8 +19,6 @@ Item = TypeVar("Item")
 
 
 OTHERS = -1  # the part of a user whose events another process has
-BATCH_TOKENS, MOST_BATCH_TOKENS = 1600, 12_800  # positions of a step of small and of large logs
-STEPS_OF_EPOCH = 4000  # above which the steps of a large log get larger
 MAX_EARLIER = 1000  # of the items before a window, so many of the most recent ones are excluded from the candidates
 
 
@@ -118,27 +116,6 @@ def pack_windows(lengths: np.ndarray, row_length: int, rng: np.random.Generator)
     return rows, offsets
 
 
-def tokens_of_step(events: int) -> int:
-    """How many positions a training step has, by the number of training events, unless the configuration says it.
-
-    BATCH_TOKENS, doubled while an epoch would have more than STEPS_OF_EPOCH steps, up to MOST_BATCH_TOKENS. The fixed
-    cost of a step (the recurrence runs through the positions of a row one after the other, the optimizer through all
-    items) is then shared by more events, and a large log still has thousands of steps in an epoch. The learning rate
-    stays. Where there are few steps, larger ones cost quality: one epoch of 800,000 events on 30,000 items took 119 CPU
-    seconds in 488 steps of 1,600 positions, and NDCG@10 was 0.064; in 122 steps of 6,400 it took 109 CPU seconds, less
-    than half of the wall clock on a busy machine, and NDCG@10 was 0.056, or 0.058 with twice the learning rate (in 61
-    of 12,800 also 0.058, with 2.8 times the rate), on 2,000 test cases whose best possible ranking has 0.235.
-
-    Examples:
-        >>> [tokens_of_step(events) for events in (100_000, 6_400_000, 6_400_001, 20_000_000, 250_000_000)]
-        [1600, 1600, 3200, 6400, 12800]
-    """
-    tokens = BATCH_TOKENS
-    while tokens < MOST_BATCH_TOKENS and events > tokens * STEPS_OF_EPOCH:
-        tokens *= 2
-    return tokens
-
-
 class TrainingData:
     """The training part of prepared data as batches of one shape: [batch_tokens / max_length, max_length].
 
@@ -148,12 +125,10 @@ class TrainingData:
     """
 
     def __init__(
-        self, data: PreparedData | TrainingShare, max_length: int, batch_tokens: int | None, multiple_of: int = 1
+        self, data: PreparedData | TrainingShare, max_length: int, batch_tokens: int, multiple_of: int = 1
     ) -> None:
-        """A batch has about `batch_tokens` positions (None: `tokens_of_step`); its number of rows is a multiple of
-        `multiple_of`."""
+        """A batch has about `batch_tokens` positions; its number of rows is a multiple of `multiple_of`."""
         share = data if isinstance(data, TrainingShare) else share_of(data)
-        batch_tokens = batch_tokens or tokens_of_step(int(share.train_counts.sum()))
         self._parts = share.parts
         self.max_length = max_length
         self.rows_per_batch = max(1, round(batch_tokens / max_length / multiple_of)) * multiple_of

@@ -11,7 +11,6 @@ import pytest
 
 from jaxrec.config import MISSING_RATING, PrepareConfig
 from jaxrec.data.batches import (
-    BATCH_TOKENS,
     TrainingData,
     case_batches,
     gaps_at,
@@ -37,16 +36,6 @@ def test_windows_by_hand() -> None:
     assert users.tolist() == [1, 2, 2, 3, 3]
     assert starts.tolist() == [0, 2, 0, 3, 0]
     assert lengths.tolist() == [1, 3, 2, 3, 3]
-
-
-def test_the_size_of_a_step_follows_from_the_events_where_it_is_not_given(
-    data: PreparedData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert TrainingData(data, 8, batch_tokens=None).rows_per_batch == BATCH_TOKENS / 8
-    monkeypatch.setattr("jaxrec.data.batches.STEPS_OF_EPOCH", data.split.train_counts.sum() / BATCH_TOKENS / 2)
-    assert TrainingData(data, 8, batch_tokens=None).rows_per_batch == 2 * BATCH_TOKENS / 8
-    monkeypatch.setattr("jaxrec.data.batches.STEPS_OF_EPOCH", 0)
-    assert TrainingData(data, 8, batch_tokens=None).rows_per_batch == 12_800 / 8
 
 
 def test_every_training_event_but_the_first_is_a_target_once(data: PreparedData) -> None:
