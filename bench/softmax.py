@@ -59,16 +59,12 @@ class Epoch(NamedTuple):
 
 
 SIZES = (10_000, 30_000, 60_000, 100_000, 300_000)
-LARGE = 4 * TrainConfig.batch_tokens
+TOKENS = TrainConfig.batch_tokens
+LARGE = 4 * TOKENS
 WAYS: tuple[Step | Epoch, ...] = (
-    *(
-        Step(items, tokens, sampled)
-        for items in SIZES
-        for tokens in (TrainConfig.batch_tokens, LARGE)
-        for sampled in (0, SAMPLED)
-    ),
-    *(Epoch(items, 8_000, TrainConfig.batch_tokens, sampled) for items in SIZES for sampled in (0, SAMPLED)),
-    *(Epoch(30_000, 8_000, TrainConfig.batch_tokens, sampled) for sampled in (2048, 4096)),
+    *(Step(items, tokens, sampled) for items in SIZES for tokens in (TOKENS, LARGE) for sampled in (0, SAMPLED)),
+    *(Epoch(items, 8_000, TOKENS, sampled) for items in SIZES for sampled in (0, SAMPLED)),
+    *(Epoch(30_000, 8_000, TOKENS, sampled) for sampled in (2048, 4096)),
     *(Epoch(30_000, 8_000, LARGE, SAMPLED, rate) for rate in (3e-3, 6e-3)),
 )
 TINY: tuple[Step | Epoch, ...] = (

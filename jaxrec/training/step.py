@@ -67,10 +67,10 @@ def softmax_sample(item_count: int, sampled_items: int | None) -> int:
 
     Where the configuration does not say it, it is computed in full up to FULL_SOFTMAX_ITEMS, where a step takes about
     twice as long as a sampled one. Of a step of 1,600 positions the full softmax took 0.40, 0.97, 1.80 and 3.74 s with
-    10,000, 30,000, 60,000 and 100,000 items, and 8,192 sampled items 0.46, 0.68, 0.59 and 0.55 s, each the least of four
-    steps on a busy machine. Sampling costs some quality in an epoch: after one epoch of 800,000 events on 30,000 items
-    NDCG@10 was 0.068 in full, in 228 CPU seconds, 0.064 with 8,192 sampled items, in 119, and 0.061 with 2,048, in 55;
-    the best possible is 0.235. Quality was not compared above 30,000 items. `python -m bench.softmax` measures all of this.
+    10,000, 30,000, 60,000 and 100,000 items, and 8,192 sampled items 0.46, 0.68, 0.59 and 0.55 s, each the least of
+    four steps on a busy machine. Sampling costs some quality: after one epoch of 800,000 events on 30,000 items NDCG@10
+    was 0.068 in full, in 228 CPU seconds, 0.064 with 8,192 sampled items, in 119, and 0.061 with 2,048, in 55; the best
+    possible is 0.235. Quality was not compared above 30,000 items. `python -m bench.softmax` measures all of this.
 
     Args:
         item_count: Of the catalogue.
