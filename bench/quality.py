@@ -101,7 +101,7 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     item_ratings = np.asarray(fit_reward_tables(data).item_ratings)
     arrays["rating"] = rating_or_mean(data.unit_ratings()[cases.rows], data.histories.items[cases.rows], item_ratings)
     counts = DecayedCounts.of(data)
-    half_life = best_half_life(data, counts, hybrid.lstm.config.max_length)
+    half_life = best_half_life(data, counts, hybrid.lstm.config.max_length, True, data.split.validation)
     arrays["half_life_s"] = HALF_LIVES_S[half_life]
     shared = Shared()
     recent = {"recent popularity": recent_popularity_scorer(data, counts, half_life, shared)}

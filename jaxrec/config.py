@@ -138,6 +138,7 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Training of one sequence model. `patience`: epochs without a better validation NDCG@10 before it stops.
+    `batch_tokens`: events of a step.
     `sampled_items`: how many items estimate the softmax's normalizer in a step; 0: all of them are computed; None: by
     the catalogue's size (`jaxrec.training.step.softmax_sample`). `seen`: whether items of the history may
     be recommended again. `jaxrec.runs.train` replaces AUTO by ALLOW or EXCLUDE before it trains; the training itself

@@ -7,6 +7,7 @@ from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import SECONDS_PER_DAY
+from jaxrec.data.split import Cases
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import rank_together
@@ -66,12 +67,12 @@ def own_items_scorer(item_count: int) -> Scorer:
     return score
 
 
-def best_half_life(data: PreparedData, counts: DecayedCounts, max_length: int, exclude_seen: bool = True) -> int:
-    """The place in HALF_LIVES_S of recent popularity's half-life with the best NDCG@10 on validation."""
+def best_half_life(data: PreparedData, counts: DecayedCounts, max_length: int, exclude_seen: bool, cases: Cases) -> int:
+    """The place in HALF_LIVES_S of recent popularity's half-life with the best NDCG@10 on validation `cases`."""
 
     shared = Shared()
     scorers = {at: (recent_popularity_scorer(data, counts, at, shared), True) for at in range(len(HALF_LIVES_S))}
-    ranked = rank_together(scorers, data, data.split.validation, max_length, exclude_seen)
+    ranked = rank_together(scorers, data, cases, max_length, exclude_seen)
     return max(ranked, key=lambda at: float(ndcg(ranked[at].ranks, 10).mean()))
 
 

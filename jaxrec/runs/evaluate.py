@@ -58,7 +58,7 @@ class Evaluation:
         return pd.DataFrame([dict(_cells(row)) for row in self.rows])
 
 
-def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
+def evaluate(run: Run | Path | str, seed: int = 0, max_cases: int | None = None) -> Evaluation:
     """Ranks the test cases with every scorer of a run, without and with the request time.
 
     Baselines are popularity and recent popularity; where items of the history may be recommended again, also the user's
@@ -67,6 +67,8 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     Args:
         run: A run or its folder.
         seed: Seed of the bootstrap intervals.
+        max_cases: Of more test cases, so many that are evenly spaced are ranked; recent popularity's half-life is then
+            chosen on as many validation cases. None: all.
 
     Returns:
         The metrics, which are also kept as RUN/evaluation.json; the export puts them into the manifest.
@@ -82,7 +84,10 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     max_length = run.model_config.max_length
     counts = DecayedCounts.of(data)
     excluded = mix.repeat is None
-    half_life = best_half_life(data, counts, max_length, excluded)
+    validation, test = (
+        cases if max_cases is None else cases.at_most(max_cases) for cases in (data.split.validation, data.split.test)
+    )
+    half_life = best_half_life(data, counts, max_length, excluded, validation)
     shared = Shared()
     learned: dict[str, Scorer] = {
         "TimeRatingAwareLSTM": sequence_scorer(mix.lstm, shared),
@@ -97,8 +102,8 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
     }
     scorers = {(name, False): (scorer, False) for name, scorer in baselines.items()}
     scorers |= {(name, time): (scorer, time) for name, scorer in learned.items() for time in (False, True)}
-    ranked = rank_together(scorers, data, data.split.test, max_length, excluded, progress="evaluate")
-    resamples = resample(data.split.test.users, seed=seed)
+    ranked = rank_together(scorers, data, test, max_length, excluded, progress="evaluate")
+    resamples = resample(test.users, seed=seed)
     rows = [summarize(name, time, of_row, popularity, resamples) for (name, time), of_row in ranked.items()]
     protocol = {
         "split": data.config.split.value,
@@ -107,9 +112,10 @@ def evaluate(run: Run | Path | str, seed: int = 0) -> Evaluation:
         "filter_on": data.config.filter_on.value,
         "candidates": "all items but those of the history" if excluded else "all items",
         "history": f"last {max_length} events",
-        "test_cases": len(data.split.test),
-        "repeated_test_share": float(data.split.test.repeated(data.histories).mean()),
-        "tied_test_share": tied_share(data, data.split.test),
+        "test_cases": len(test),
+        "test_cases_of_data": len(data.split.test),
+        "repeated_test_share": float(test.repeated(data.histories).mean()),
+        "tied_test_share": tied_share(data, test),
         "interval": "95 % bootstrap over users",
         "trend": "counts all users' events before the case, with and without request time",
         HALF_LIFE_DAYS: HALF_LIVES_S[half_life] / SECONDS_PER_DAY,
@@ -192,8 +198,10 @@ def format_table(evaluation: Evaluation) -> str:
     data = f"{Path(protocol['data_folder']).name} (SHA-256 {protocol['data_sha256'][:8]})"
     tied, repeated = protocol["tied_test_share"], protocol["repeated_test_share"]
     candidates = protocol["candidates"].replace("all items", f"all {protocol['data']['items']} items")
+    cases, of_data = protocol["test_cases"], protocol["test_cases_of_data"]
+    ranked = f"{cases}" if cases == of_data else f"{cases} of {of_data}"
     lines += [
-        f"* is exported and served. Means over {protocol['test_cases']} test cases, with 95 % intervals over users.",
+        f"* is exported and served. Means over {ranked} test cases, with 95 % intervals over users.",
         f"Data: {data}, {protocol['filter']}. Split: {protocol['split']}. Seed: {protocol['seed']}.",
         f"Candidates: {candidates}. {tied:.0%} of the targets tie in",
         f"time with the event before them (ties: {protocol['ties']}), {repeated:.0%} are in the history already.",

@@ -10,7 +10,14 @@ import pandas as pd
 import pytest
 
 from jaxrec.config import MISSING_RATING, PrepareConfig
-from jaxrec.data.batches import TrainingData, case_batches, gaps_at, pack_windows, prefetch, training_windows
+from jaxrec.data.batches import (
+    TrainingData,
+    case_batches,
+    gaps_at,
+    pack_windows,
+    prefetch,
+    training_windows,
+)
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, RATING, TIME, UNKNOWN_GAP, USER

@@ -120,6 +120,17 @@ def test_an_evaluation_is_a_table_and_a_frame_and_stays_when_a_finished_run_is_r
     assert (run.folder / EVALUATION_FILE).read_text() == before
 
 
+def test_some_of_the_cases_are_ranked_if_that_is_asked(run: Run) -> None:
+    some = jaxrec.evaluate(run.folder, max_cases=20)
+    assert all(row.cases == 20 for row in some.rows)
+    assert some.protocol["test_cases"] == 20
+    assert some.protocol["test_cases_of_data"] == 60
+    assert "Means over 20 of 60 test cases" in str(some)
+    whole = jaxrec.evaluate(run.folder, max_cases=1_000)
+    assert whole.protocol["test_cases"] == 60
+    assert "Means over 60 test cases" in str(whole)
+
+
 def test_new_data_removes_all_that_depends_on_the_old(run: Run, log: pd.DataFrame, tmp_path: Path) -> None:
     policies = [value for name, value in vars(directory).items() if name.endswith("_FOLDER") and "policy" in value]
     assert set(policies) <= set(POLICY_FILES)
