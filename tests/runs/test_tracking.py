@@ -288,7 +288,7 @@ def test_a_second_export_takes_the_place_of_the_first_and_names_what_it_needs(ru
     needs = Path(client.download_artifacts(tracked_id(run.folder), "model/requirements.txt", str(tmp_path)))
     assert [one.partition("=")[0] for one in needs.read_text().split()] == [
         "mlflow-skinny",
-        "jaxrec[mlflow,serve-cpu,index]",
+        "jaxrec[index,mlflow,serve-cpu]",
     ]
 
 
