@@ -80,7 +80,7 @@ stubs: .venv/installed
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
-	uv pip compile pyproject.toml --extra serve-cpu --extra postgres --extra redis --constraint requirements.lock \
+	uv pip compile pyproject.toml --extra serve-cpu --extra index --extra postgres --extra redis --constraint requirements.lock \
 		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --quiet \
 		--output-file deploy/requirements.lock
 

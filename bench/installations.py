@@ -69,8 +69,8 @@ INSTALLATIONS = (
     Installation(
         "serve-cpu",
         250,
-        ("serve.client", "serve.front.server", "onnxruntime", "faiss"),
-        HEAVY,
+        ("serve.client", "serve.front.server", "onnxruntime"),
+        (*HEAVY, "faiss"),
         {"jaxrec train data --out run": "train", "jaxrec recommend model --history log.csv --out top.csv": "train"},
     ),
     Installation("all", None, ("jaxrec.runs.demo", "jaxrec.onnx.convert", "serve.front.server"), ("mlflow",), {}),

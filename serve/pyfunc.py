@@ -1,6 +1,6 @@
 """A model directory as a model of MLflow: what `mlflow.pyfunc.load_model` calls for one by `jaxrec export --mlflow`.
 
-Needs `jaxrec[mlflow,serve-cpu]`, and neither JAX nor the package `jaxrec` beside it.
+Needs `jaxrec[mlflow,serve-cpu]`, `index` for a model that has one, and neither JAX nor the package `jaxrec` beside it.
 """
 
 from collections.abc import Mapping

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "serve/observability/tracing.py": ("serve-cpu", "dev"),  # opentelemetry, used where it is installed
     "serve/front/fast.py": ("serve-cpu", "fast"),
     "serve/pyfunc.py": ("serve-cpu", "mlflow"),
+    "serve/model/ranking/faiss_index.py": ("serve-cpu", "index"),  # for a model with an index
     "serve": ("serve-cpu",),
     "jaxrec/data/distributed": ("distributed",),
     "jaxrec/rl/simulated/gymnasium_adapter.py": ("gymnasium",),

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from jaxrec.cli.export import INDEX
-from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FILE, NEW_FOLDER
+from jaxrec.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FILE, NEW_FOLDER, mlflow_option
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.runs.learn.config import LearnConfig, Places
@@ -84,6 +84,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the command is to be given again
 @click.option("--licence", type=EXISTING_FILE, help="Text about the data's licence, kept with each model.")
 @click.option("--int8", is_flag=True, help="As of `jaxrec export`.")
 @click.option("--index", type=click.Choice(list(INDEX)), default="auto", help="As of `jaxrec export`.")
+@mlflow_option("Track each training, and keep the models that are exported,")
 def learn(
     store: str,
     data: Path,
@@ -106,6 +107,7 @@ def learn(
     licence: Path | None,
     int8: bool,
     index: str,
+    mlflow: str | None,
 ) -> None:
     """Runs one round of the loop: what the server recorded becomes the next model version, or a reason why not.
 
@@ -140,6 +142,7 @@ def learn(
         licence=licence.read_text(encoding="utf-8") if licence else None,
         int8=int8,
         index=INDEX[index],
+        mlflow=mlflow,
     )
     if jax.default_backend() == "cpu":
         keep_freed_memory()

@@ -304,7 +304,7 @@ def save_model(directory: Path, out: Path) -> None:
             data_path=str(data),
             pip_requirements=[
                 f"mlflow-skinny=={version('mlflow-skinny')}",  # without its name MLflow adds the whole of itself
-                f"jaxrec[mlflow,serve-cpu]=={version('jaxrec')}",
+                f"jaxrec[mlflow,serve-cpu,index]=={version('jaxrec')}",
             ],
             signature=ModelSignature(
                 Schema([*(ColSpec(kind, name) for name, kind in events), rating]),

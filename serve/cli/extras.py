@@ -16,7 +16,6 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "grpc_reflection",
         "google.rpc",
         "prometheus_client",
-        "faiss",
         "h11",
         "numpy",
         "starlette",

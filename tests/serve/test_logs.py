@@ -46,11 +46,12 @@ def test_a_log_that_nobody_reads_holds_up_no_call_and_says_what_was_dropped() ->
     handler.setFormatter(JsonFormatter())
     logger = logging.Logger("test")
     logger.addHandler(handler)
-    REQUEST_ID.set("mine")
+    before = REQUEST_ID.set("mine")
     logger.warning("line %d", 0)
     assert stream.is_written.wait(PATIENCE_S)
     for number in range(1, 6):
         logger.warning("line %d", number)
+    REQUEST_ID.reset(before)
     stream.is_read.set()
     handler.finish(PATIENCE_S)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
@@ -114,11 +115,13 @@ def test_long_lines_of_several_processes_stay_whole() -> None:
     assert sorted(messages) == ["a" * 100_000] * 100 + ["b" * 100_000] * 100
 
 
-def test_a_failure_that_comes_with_every_call_is_logged_some_times_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_that_comes_with_every_call_is_logged_some_times_a_minute(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 0.0
     logger = logging.Logger("test")
     logger.addHandler(caplog.handler)
-    caplog.handler.addFilter(only_some := Repeated(lambda: now))
+    monkeypatch.setattr(caplog.handler, "filters", [Repeated(lambda: now)])
 
     def fail(divisor: object) -> None:
         try:
@@ -137,4 +140,3 @@ def test_a_failure_that_comes_with_every_call_is_logged_some_times_a_minute(capl
     now = MINUTE_S
     fail(0)
     assert caplog.messages[-1] == "cannot be answered [60] (and 90 times before, left out here)"
-    caplog.handler.removeFilter(only_some)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
 import pytest
 
@@ -24,6 +23,8 @@ ROW = {"user_id": "a", "item_id": "1007", "rating": 4.0, "timestamp": 10**9}
 def model(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("pyfunc")
     save_model(model_directory, folder / "model")
+    import mlflow.pyfunc
+
     return mlflow.pyfunc.load_model(str(folder / "model"))
 
 

@@ -86,7 +86,7 @@ except TrainingStopped:
 def start_python(code: str, devices: int, *arguments: object) -> subprocess.Popen[str]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-c", code, *map(str, arguments)]
     root = Path(__file__).parents[2]

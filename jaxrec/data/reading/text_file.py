@@ -286,10 +286,8 @@ class _Rows:
             reason = self._width(fields)
         except csv.Error as error:
             reason = f"not CSV: {error}"
-            if escaped := self._escaped(text):
-                return escaped, "", 1
             fields, taken = self._over_lines(at, text) if "end of data" in reason else ([], 1)
-            if fields:
+            if fields := fields or self._escaped(text):
                 return fields, "", taken
         except ValueError as error:
             return [], f"not a JSON object: {error}", 1
@@ -315,12 +313,8 @@ class _Rows:
     def _over_lines(self, at: int, joined: str) -> tuple[list[str], int]:
         """The fields of a row whose quoted field goes on in the next lines, and how many lines it takes; or none.
 
-        A line that is a whole row by itself is never part of such a field: neither one of the next lines, nor the
-        first one if its time would then be part of it.
+        A next line that is a whole row by itself is never part of such a field.
         """
-        opened = len(next(csv.reader([joined], delimiter=self._dialect.delimiter or ","))) - 1
-        if self._is_row(joined) and self._table.columns.get(TIME, -1) > opened:
-            return [], 1
         tries = 0
         for count in range(1, LONGEST_ROW):
             if at + count == len(self._block):
@@ -342,7 +336,7 @@ class _Rows:
                 found = list(reader)
             except csv.Error:
                 continue
-            if len(found) == 1 and len(found[0]) == self._dialect.width:
+            if len(found) == 1 and len(found[0]) == self._dialect.width and self._is_whole(found[0]):
                 return found[0], count + 1
             break
         return [], 1
@@ -350,13 +344,17 @@ class _Rows:
     def _is_row(self, text: str) -> bool:
         """Whether a line is a whole row if quotes are characters like others."""
         fields = text.split(self._dialect.delimiter)
-        if len(fields) != self._dialect.width:
-            return False
+        needed = [fields[position] for position in self._table.columns.values() if position < len(fields)]
+        return self._is_whole(fields) and all('"' not in field for field in needed)
+
+    def _is_whole(self, fields: Sequence[str]) -> bool:
+        """Whether there are as many fields as columns, with a user, an item and digits of a time."""
         columns = self._table.columns
-        needed = [fields[position] for position in columns.values()]
-        named = all(fields[columns[role]].strip() for role in (USER, ITEM) if role in columns)
-        timed = TIME not in columns or any(character.isdigit() for character in fields[columns[TIME]])
-        return named and timed and all('"' not in field for field in needed)
+        return (
+            len(fields) == self._dialect.width
+            and all(fields[columns[role]].strip() for role in (USER, ITEM) if role in columns)
+            and (TIME not in columns or any(character.isdigit() for character in fields[columns[TIME]]))
+        )
 
     def _width(self, fields: Sequence[object]) -> str:
         return f"{len(fields)} fields, expected {self._dialect.width}"

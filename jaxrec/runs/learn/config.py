@@ -42,6 +42,7 @@ class LearnConfig:
         movies, features: Titles, genres and features of new items, for `jaxrec.data.append.append`.
         licence: Text about the data's licence, kept with each model; None: there is none.
         int8, index: As of `jaxrec.runs.export.export`.
+        mlflow: URI of MLflow's tracking server or store, for trainings and exported models; None: neither is tracked.
     """
 
     after: int = 0
@@ -59,3 +60,4 @@ class LearnConfig:
     licence: str | None = None
     int8: bool = False
     index: bool | None = None
+    mlflow: str | None = None

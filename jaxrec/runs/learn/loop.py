@@ -57,6 +57,7 @@ def learn(places: Places, config: LearnConfig = LearnConfig(), stop: StopRequest
     Raises:
         DataError: Something cannot be read or used, does not belong together, or another process is at work.
         ExportError: The run that the loop begins with cannot be exported.
+        TrackingError: MLflow does not answer; the round can be resumed, also without it.
         TrainingStopped: `stop()` became true.
     """
     with locked(places.work, "learn", 0o700), locked(places.models, "learn"):

@@ -15,7 +15,7 @@ from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.columns import ColumnNames
 from jaxrec.data.reading.rules import TimeUnit
 from jaxrec.data.store import SUMMARY_FILE, read_prepared
-from jaxrec.errors import DataError, ExportError, NoUsableRow, TrainingError
+from jaxrec.errors import DataError, ExportError, NoUsableRow, TrackingError, TrainingError
 from jaxrec.files import new_directory, read_json, sha256
 from jaxrec.rl.config import LoggedConfig, ServedConfig
 from jaxrec.runs.directory import (
@@ -134,6 +134,7 @@ def train_stage(run: Path, folder: Path, config: LearnConfig, stop: StopRequeste
 
     Raises:
         DataError: The data does not extend that of the run.
+        TrackingError: MLflow does not answer before training begins.
         TrainingStopped: `stop()` became true.
     """
     candidate, data = folder / RUN_FOLDER, folder / DATA_FOLDER
@@ -142,7 +143,9 @@ def train_stage(run: Path, folder: Path, config: LearnConfig, stop: StopRequeste
     changes = {name: value for name in ("max_epochs", "patience") if (value := getattr(config, name)) is not None}
     extend_run(candidate, data, changes)
     try:
-        trained = train(None, candidate, resume=True, stop=stop)
+        trained = train(None, candidate, resume=True, stop=stop, mlflow=config.mlflow)
+    except TrackingError:
+        raise  # of MLflow, not of the model
     except TrainingError as error:
         return {"trained": False, "reason": f"refused: {error}"}
     result = {"trained": True, "from": str(run), "data_sha256": trained.data_digest}
@@ -168,9 +171,11 @@ def export_stage(run: Path, folder: Path, config: LearnConfig) -> Result:
 
     Raises:
         DataError: The run cannot be read.
+        TrackingError: MLflow does not answer, or does not take the model.
     """
     try:
-        made = export(run, folder / MODEL_FOLDER, config.licence or NO_LICENCE, config.int8, config.index)
+        licence = config.licence or NO_LICENCE
+        made = export(run, folder / MODEL_FOLDER, licence, config.int8, config.index, config.mlflow)
     except ExportError as error:
         return {"exported": False, "reason": f"refused: {error}"}
     return {"exported": True, "model_version": made["model_version"], "policy": made["policy"]}

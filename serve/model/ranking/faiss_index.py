@@ -30,7 +30,7 @@ class ItemIndex:
             import faiss
         except ImportError as error:
             raise ArtifactError(
-                f'{path}: needs faiss (pip install "jaxrec[serve]"), or --search exact: {error}'
+                f'{path}: needs faiss (pip install "jaxrec[index]"), or --search exact: {error}'
             ) from error
         self._faiss = faiss
         self._path = path

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,39 +18,49 @@ import pytest
 from onnx import numpy_helper
 
 import jaxrec
-from jaxrec.errors import DataError
+from jaxrec.errors import DataError, TrackingError
 from jaxrec.files import locked, sha256
-from jaxrec.runs.directory import HYBRID_FILE, open_run
+from jaxrec.runs.directory import HYBRID_FILE, MLFLOW_FILE, open_run
 from jaxrec.runs.learn import stages
 from jaxrec.runs.learn.loop import learn
 from jaxrec.runs.learn.metrics import metrics_text
 from jaxrec.runs.learn.state import State, read_state, write_state
+from jaxrec.training.log import read_epochs
 from serve.client import RecommenderClient
 from serve.client import UserEvent as Recorded
 from serve.stores.base import UserEvent
-from tests.runs.learn.conftest import CONFIG, LATER, Loop, events_of, events_of_round, new_loop
+from tests.runs.learn.conftest import CONFIG, LATER, TRAINING, Loop, events_of, events_of_round, new_loop
 from tests.serve.process import running_server
 from tests.serve.serving.test_models import wait_for
+from tests.tracked import mlflow_client
 
+pytestmark = [  # of MLflow's own code
+    pytest.mark.filterwarnings("ignore:.*type hint"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 STAGES = ("events_stage", "append_stage", "train_stage", "gate_stage", "export_stage", "publish_stage")
 
 
 class Played(NamedTuple):
-    """A loop after its first round."""
+    """A loop after its first round, and where that was tracked."""
 
     loop: Loop
     state: State
+    mlflow: str
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Played:
-    loop = new_loop(base, tmp_path_factory.mktemp("undisturbed"))
+def undisturbed(base: Path, new_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    """Its round is the only one that is tracked."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    loop, uri = new_loop(base, folder), f"sqlite:///{shutil.copy(new_store, folder / 'mlflow.db')}"
     loop.record(events_of_round(1))
-    return Played(loop, learn(loop.places, CONFIG))
+    with contextlib.chdir(folder):  # where MLflow keeps the artifacts of such a store
+        return Played(loop, learn(loop.places, dataclasses.replace(CONFIG, mlflow=uri)), uri)
 
 
-def outcome(loop: Loop, state: State) -> dict[str, Any]:
-    """All that a round comes to, but for times and paths."""
+def outcome(loop: Loop, state: State, *mlflow: str) -> dict[str, Any]:
+    """All that a round comes to, but for times, paths and tracking."""
     model = loop.places.models / state.folder
     return {
         "revision": state.revision,
@@ -71,7 +82,7 @@ def weights(graph: Path) -> list[bytes]:
 
 
 def test_a_round_publishes_what_learned_from_the_new_events(undisturbed: Played, base: Path) -> None:
-    loop, state = undisturbed
+    loop, state, _ = undisturbed
     assert (state.folder, state.revision, state.round) == ("2", 120, None)
     assert open_run(state.run).data_folder == Path(state.data)
     data = jaxrec.read_prepared(state.data)
@@ -81,6 +92,34 @@ def test_a_round_publishes_what_learned_from_the_new_events(undisturbed: Played,
     assert state.said.startswith(f"round 1, 120 new events: version 2 ({state.model_version}) is published. NDCG@10")
     assert jaxrec.read_prepared(base / "data").histories.event_count == 600
     assert read_state(loop.places.work) == state
+
+
+def test_the_training_of_a_round_is_tracked_with_the_model_that_came_of_it(undisturbed: Played) -> None:
+    client, run = mlflow_client(undisturbed.mlflow), Path(undisturbed.state.run)
+    run_id = json.loads((run / MLFLOW_FILE).read_text("utf-8"))["run_id"]
+    [experiment] = [one for one in client.search_experiments() if one.name == "jaxrec"]
+    [found] = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_id, found.info.status) == (run_id, "FINISHED")
+    assert found.data.params["train.batch_tokens"] == str(TRAINING.batch_tokens)
+    noted = [one.value for one in client.get_metric_history(run_id, "lstm/epoch/validation_ndcg_10")]
+    epochs = [one["validation_ndcg_10"] for one in read_epochs(run / "lstm")]
+    assert noted == epochs[-1 - TRAINING.max_epochs :]  # its epochs, after the model that it began with
+    assert [one.path for one in client.list_artifacts(run_id)] == ["model"]
+
+
+def test_a_round_that_mlflow_does_not_answer_is_resumed_without_it(
+    undisturbed: Played, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = new_loop(base, tmp_path / "loop")
+    loop.record(events_of_round(1))
+    (tmp_path / "no store").mkdir()
+    with pytest.raises(TrackingError, match="MLflow at sqlite"):
+        learn(loop.places, dataclasses.replace(CONFIG, mlflow=f"sqlite:///{tmp_path / 'no store'}"))
+    state = read_state(loop.places.work)
+    assert state is not None
+    assert state.error.startswith("MLflow at sqlite")
+    monkeypatch.setattr(stages, "append_stage", None)  # it is done
+    assert outcome(loop, learn(loop.places, CONFIG)) == outcome(*undisturbed)
 
 
 def test_a_round_that_is_interrupted_at_every_stage_comes_to_the_same(
@@ -192,7 +231,7 @@ def wait_for_stage(process: subprocess.Popen[bytes], work: Path, stage: str) -> 
 
 
 def test_without_new_events_nothing_is_done(undisturbed: Played, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, state = undisturbed
+    loop, state, _ = undisturbed
     monkeypatch.setattr(stages, "append_stage", None)
     again = learn(loop.places, CONFIG)
     assert again.said == "nothing to do: 0 new events since revision 120"
@@ -265,7 +304,7 @@ def test_what_does_not_belong_together_is_refused(base: Path, tmp_path: Path) ->
 
 
 def test_old_versions_go_but_not_those_that_the_loop_did_not_write(undisturbed: Played) -> None:
-    loop, state = undisturbed
+    loop, state, _ = undisturbed
     for name in ("0", ".0.jaxrec-learn", ".0.removed", ".rounds"):
         (loop.places.models / name).mkdir()
     write_state(loop.places.work, dataclasses.replace(state, published=("0", "2")))
