@@ -20,6 +20,8 @@ from serve.observability.tracing import export_spans
 if TYPE_CHECKING:
     from serve.front.fast import FastFront
 
+logger = logging.getLogger(__name__)
+
 DRAIN_S = 10.0
 LINGER_S = 0.05
 
@@ -106,8 +108,13 @@ class RecommenderServer:
 def leave_process(status: int = 0) -> NoReturn:
     """Ends the process after `finish_calls`: calls that came too late see a closed connection, which is UNAVAILABLE."""
     # Python would wait for threads that are cut off, and crash on gRPC's; so what is to be written at the end is here.
-    export_spans()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        try:
+            export_spans()
+        except Exception:
+            logger.exception("the last spans could not be exported")
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)

@@ -1,9 +1,11 @@
 """The ONNX graphs of a model: their signatures, and sessions of ONNX Runtime that keep them."""
 
 import ctypes
+import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,7 +139,11 @@ def session(
     try:
         # ONNX Runtime would look in the working directory for the files that a graph names. Here it finds none, or
         # empty ones where it asks that they exist, though it has their contents.
-        with tempfile.TemporaryDirectory(prefix="jaxrec-") as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="jaxrec-") as folder,
+            # Of bytes, it would hold a copy for as long as it lives.
+            _file_of(graph.content, Path(folder)) as verified,
+        ):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
             if CUDA in wanted:
                 options.add_external_initializers(list(arrays), list(arrays.values()))  # copies
@@ -145,9 +151,6 @@ def session(
                 for name, array in arrays.items():
                     (Path(folder) / f"{name}.npy").touch()
                     options.add_initializer(name, array)
-            # Of bytes, it would hold a copy for as long as it lives. No other file is in the folder.
-            verified = Path(folder) / graph.file.name
-            verified.write_bytes(graph.content)
             session = onnxruntime.InferenceSession(
                 verified,
                 options,
@@ -155,6 +158,8 @@ def session(
                 # It would read the files, and hold a copy of the vectors for each graph.
                 disabled_optimizers=["ConstantFolding"] if arrays and CUDA not in wanted else None,
             )
+    except OSError as error:
+        raise ArtifactError(f"{graph.file}: cannot be copied for ONNX Runtime: {error}") from error
     # ONNX Runtime's exceptions have no common base and no public names.
     except Exception as error:
         raise ArtifactError(f"{graph.file}: ONNX Runtime cannot load it: {error}") from error
@@ -163,6 +168,20 @@ def session(
     _check_signature(f"{graph.file}: inputs", session.get_inputs(), graph.inputs)
     _check_signature(f"{graph.file}: outputs", session.get_outputs(), graph.outputs)
     return session
+
+
+@contextmanager
+def _file_of(content: bytes, folder: Path) -> Iterator[Path]:
+    """A file with a content. On Linux it is in memory, so that a process that ends meanwhile leaves nothing behind."""
+    if sys.platform == "linux":
+        with open(os.memfd_create("graph"), "wb") as memory:
+            memory.write(content)
+            memory.flush()
+            yield Path(f"/proc/self/fd/{memory.fileno()}")
+    else:
+        file = folder / "graph.onnx"
+        file.write_bytes(content)
+        yield file
 
 
 def _try_cuda(provider: Provider) -> bool:

@@ -525,7 +525,7 @@ class Recommender:
         exclude_item_ids: Sequence[str] = (),
         item_filter: ItemFilter | None = None,
     ) -> Ranking:
-        """The items nearest to one item; with an index, those that it finds.
+        """The items nearest to one item.
 
         Args:
             item_id: A raw id.
@@ -545,20 +545,18 @@ class Recommender:
         if item is None:
             raise UnknownItem(f"the model {self.info.model_version} does not know the item {item_id!r}")
         (direction,) = self.directions(np.array([item], np.int32), live)
-        masked, own = live.blocked(item_filter, live.withheld()), self.engine.item_count + 1
-        blocked = np.zeros(own + len(live.added_ids), np.bool_) if masked is None else masked.copy()
-        blocked[[0, item, *live.indices(exclude_item_ids)]] = True
-        items, found = np.flatnonzero(~blocked).astype(np.int32), self.engine.nearest(direction, k, blocked[:own])
-        if found is not None:
-            items = np.concatenate([found.astype(np.int32), items[items >= own]])
-            cosines = self.directions(items, live) @ direction
-        else:
-            cosines = self._vectors @ direction / self._lengths
-            if live.added is not None:
-                vectors = live.added.vectors
-                cosines = np.append(cosines, vectors @ direction / _lengths(vectors))
-            cosines = cosines[items]
-        return _at_least(Ranking(*best_of(items, np.clip(cosines, -1, 1), min(k, len(items)))), item_filter)
+        cosines = self._vectors @ direction / self._lengths
+        if live.added is not None:
+            vectors = live.added.vectors
+            cosines = np.append(cosines, vectors @ direction / _lengths(vectors))
+        cosines = np.clip(cosines, -1, 1)
+        allowed = np.ones(len(cosines), np.bool_)
+        blocked = live.blocked(item_filter, live.withheld())
+        if blocked is not None:
+            allowed = ~blocked
+        allowed[[0, item, *live.indices(exclude_item_ids)]] = False
+        items = np.flatnonzero(allowed).astype(np.int32)
+        return _at_least(Ranking(*best_of(items, cosines[items], min(k, len(items)))), item_filter)
 
 
 class _Moment(NamedTuple):

@@ -71,10 +71,9 @@ def export_spans() -> None:
 
 def _provider() -> Any | None:
     """The provider of the process; None: it has none."""
-    trace = sys.modules.get("opentelemetry.trace")
-    if trace is None:
+    # First, since to ask for a provider may set one up, as OTEL_PYTHON_TRACER_PROVIDER says.
+    if "opentelemetry.sdk.trace" not in sys.modules:
         return None
-    provider = trace.get_tracer_provider()
+    provider = sys.modules["opentelemetry.trace"].get_tracer_provider()
     # Without a set-up the provider is a stand-in that records nothing.
-    real = "opentelemetry.sdk.trace" in sys.modules and hasattr(provider, "add_span_processor")
-    return provider if real else None
+    return provider if hasattr(provider, "add_span_processor") else None

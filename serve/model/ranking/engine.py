@@ -211,10 +211,6 @@ class Engine:
         ((parts,),) = self._parts.run(["parts"], inputs)
         return dict(zip(OF_GRAPH, parts.T, strict=True))
 
-    def nearest(self, direction: NDArray[np.float32], k: int, blocked: Blocked) -> NDArray[np.int64] | None:
-        """As `Search.nearest`; None also without an index."""
-        return None if self._search is None else self._search.nearest(direction, k, blocked)
-
     def _check_parts(self, artifact: Artifact) -> None:
         """Raises ArtifactError for a graph that does not know the parts of the model's scores."""
         state, item = np.zeros((1, self.state_width), np.float32), np.ones(1, np.int32)

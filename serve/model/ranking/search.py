@@ -32,8 +32,6 @@ MORE = 1.5
 """A filtered search asks the index for MORE / (share of allowed items) times as many candidates as another one.
 
 The share is that among all items. Among the best items of a query it may be smaller."""
-MORE_NEAREST = 4
-"""A search for the smallest angles has so many times as many candidates as an answer."""
 CHECKED_QUERIES = 16
 CHECKED_ITEMS = 10
 LEAST_KEPT = 0.5
@@ -200,30 +198,8 @@ class Search:
             items[row, :n], scores[row, :n] = best
         return items, scores
 
-    def nearest(self, direction: NDArray[np.float32], k: int, blocked: Blocked) -> NDArray[np.int64] | None:
-        """Candidates for the items whose vectors have the smallest angles with a direction.
-
-        The index names those with the largest products, so that short vectors come late: it is asked for more than for
-        an answer. Of 100,000 vectors of lengths of 8 to 11, .999 of the best 10 were among them.
-
-        Args:
-            direction: `[width]`.
-            k: Number of items.
-            blocked: The items that are never answered.
-
-        Returns:
-            Allowed items; None: all allowed ones are to be candidates.
-        """
-        counts = np.array([MORE_NEAREST * (self._candidates + self._candidates_per_answer * k)])
-        (found,) = self._found_allowed(direction[None], counts, [_Allowed(blocked)], bias=0)
-        return found
-
     def _found_allowed(
-        self,
-        query: NDArray[np.float32],
-        counts: NDArray[np.int64],
-        rows: "Sequence[_Allowed | None]",
-        bias: float = 1,
+        self, query: NDArray[np.float32], counts: NDArray[np.int64], rows: "Sequence[_Allowed | None]"
     ) -> list[NDArray[np.int64] | None]:
         """As `_found`, of the allowed items: as if the index held those alone. None: all of them are to be candidates,
         since they are few, or the index did not name enough."""
@@ -234,7 +210,7 @@ class Search:
         # More than all blocked items beside those that are wanted need not be named.
         wanted = np.minimum(wanted, counts[searched] + np.ceil((1 - shares[searched]) * self._count).astype(np.int64))
         found: list[NDArray[np.int64] | None] = [None] * len(query)
-        for row, items in zip(searched.tolist(), self._found(query[searched], wanted, bias), strict=True):
+        for row, items in zip(searched.tolist(), self._found(query[searched], wanted), strict=True):
             allowed = rows[row]
             if allowed is None:
                 found[row] = items
@@ -244,14 +220,13 @@ class Search:
                 found[row] = kept
         return found
 
-    def _found(self, query: NDArray[np.float32], counts: NDArray[np.int64], bias: float = 1) -> list[NDArray[np.int64]]:
-        """For each row of `query` as many items as `counts` says, the best of the index first; 0 is none. The items'
-        own bias counts so many times.
+    def _found(self, query: NDArray[np.float32], counts: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """For each row of `query` as many items as `counts` says, the best of the index first; 0 is none.
 
         Rows are searched together with those whose counts have the same next power of two.
         """
-        points = np.full((len(query), query.shape[1] + 1), bias, np.float32)
-        points[:, :-1] = query
+        points = np.ones((len(query), query.shape[1] + 1), np.float32)
+        points[:, :-1] = query  # and 1 times the bias
         searched = np.minimum(2 ** np.ceil(np.log2(counts)).astype(np.int64), self._count)
         found: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(query)
         for n in np.unique(searched).tolist():

@@ -4,6 +4,9 @@ import asyncio
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -195,6 +198,17 @@ def test_coverage_forgets_what_was_recommended_long_ago() -> None:
     assert coverage.ratio() == pytest.approx(1 / 10)
     now[0] = 10 * COVERAGE_WINDOW_S
     assert coverage.ratio() == 0
+
+
+def test_a_process_that_did_not_set_up_spans_is_not_made_to() -> None:
+    program = """
+import sys
+import opentelemetry.trace
+from serve.observability.tracing import export_spans, tracer_of_the_process
+print(tracer_of_the_process(), export_spans(), "opentelemetry.sdk.trace" in sys.modules)
+"""
+    named = {**os.environ, "OTEL_PYTHON_TRACER_PROVIDER": "sdk_tracer_provider"}
+    assert subprocess.check_output([sys.executable, "-c", program], env=named, text=True) == "None None False\n"
 
 
 def test_a_span_for_every_call_continues_the_clients_trace(model: Recommender, store: EventStore) -> None:

@@ -214,3 +214,28 @@ leave_process(3)
     )
     assert (ended.returncode, ended.stderr) == (3, "the last line\n")
     assert "the last span" in ended.stdout
+
+
+def test_an_exporter_that_fails_does_not_hold_the_end() -> None:
+    program = """
+import logging, threading
+from opentelemetry import trace
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from serve.front.lifecycle import leave_process
+from serve.observability.logs import start_logging
+class Fails(SpanProcessor):
+    def shutdown(self):
+        raise OSError("no collector")
+trace.set_tracer_provider(TracerProvider())
+trace.get_tracer_provider().add_span_processor(Fails())
+threading.Thread(target=threading.Event().wait).start()
+start_logging(logging.Formatter("%(message)s"))
+print("the last output")
+leave_process()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert (ended.returncode, ended.stdout) == (0, "the last output\n")
+    assert ended.stderr.startswith("the last spans could not be exported\nTraceback")
+    assert ended.stderr.endswith("OSError: no collector\n")

@@ -1,15 +1,19 @@
 """The engine answers a row as the graph does, whatever its neighbours are."""
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from serve.model.directory import Artifact, read_artifact
 from serve.model.features import Features
 from serve.model.graphs import CUDA, ProviderError, exact_graphs, session
+from serve.model.manifest import ArtifactError
 from serve.model.ranking.engine import Engine
 
 
@@ -73,10 +77,38 @@ def test_cuda_runs_or_is_refused(artifact: Artifact) -> None:
             Engine(artifact, "cuda")
 
 
-def test_a_session_keeps_no_copy_of_its_file(model_directory: Path) -> None:
+def test_a_session_keeps_no_reference_to_the_bytes(model_directory: Path) -> None:
     _, step = exact_graphs(read_artifact(model_directory))
     before = sys.getrefcount(step.content)
     loaded = session(step, "cpu", 1, {})
     after = sys.getrefcount(step.content)
     assert after == before
     assert "state" in {one.name for one in loaded.get_inputs()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file is written")
+def test_a_process_that_ends_while_a_graph_is_loaded_leaves_no_copy_of_it(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    class Watched(onnxruntime.InferenceSession):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            sizes.append(sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()))
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Watched)
+    for graph in exact_graphs(read_artifact(model_directory)):
+        session(graph, "cpu", 1, {})
+    assert sizes == [0, 0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_without_room_for_a_copy_is_told_of_that(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    sequence, _ = exact_graphs(read_artifact(model_directory))
+    with pytest.raises(ArtifactError, match=r"sequence\.onnx: cannot be copied for ONNX Runtime: \[Errno 2\]"):
+        session(sequence, "cpu", 1, {})

@@ -134,33 +134,6 @@ def shuffled(artifact: Artifact) -> Artifact:
     return dataclasses.replace(artifact, index=files)
 
 
-class OnlySome(np.ndarray):
-    """Vectors of which some may be taken, and that may not all be multiplied."""
-
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: object, **more: object) -> object:
-        assert len(self) <= LARGE, f"{ufunc.__name__} of all vectors"
-        plain = [one.view(np.ndarray) if isinstance(one, OnlySome) else one for one in inputs]
-        return getattr(ufunc, method)(*plain, **more)
-
-
-def test_the_nearest_items_are_found_without_a_product_of_all(large: Artifact) -> None:
-    model, exact = Recommender(large, "cpu"), Recommender(large, "cpu", search_by="exact")
-    model._vectors = model._vectors.view(OnlySome)
-    ids, kept = large.catalog.item_ids, []
-    for item in range(1, LARGE, LARGE // 20):
-        found = model.similar(ids[item], 10, model.live, [ids[item + 1]])
-        expected = exact.similar(ids[item], 10, exact.live, [ids[item + 1]])
-        assert not {0, item, item + 1} & set(found.items.tolist())
-        # The best ones, and the cosines of those that were found are right.
-        both, of_found, of_expected = np.intersect1d(found.items, expected.items, return_indices=True)
-        np.testing.assert_allclose(found.scores[of_found], expected.scores[of_expected], rtol=0, atol=1e-5)
-        kept.append(len(both))
-    assert np.mean(kept) > 9.5
-    with pytest.raises(AssertionError, match="of all vectors"):
-        # More than the index is asked for.
-        model.similar(ids[1], LARGE - 2, model.live)
-
-
 def test_an_index_of_other_items_is_refused(large: Artifact) -> None:
     with pytest.raises(ArtifactError, match=r"items\.faiss: its candidates hold 0\.\d+ of the best items"):
         Engine(shuffled(large), "cpu")
