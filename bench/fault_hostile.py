@@ -812,6 +812,8 @@ def _flaw(attack: HttpAttack, status: int, body: bytes, with_tokens: bool) -> st
 @fast_option
 def main(model: Path, requests: int, seed: int, over_http: bool, over_tls: bool, fast: bool) -> None:
     """Attack the server on the model directory MODEL."""
+    if fast and (over_http or over_tls):
+        raise click.UsageError("--fast is for gRPC without TLS: leave out --http and --tls")
     from serve.model.directory import read_artifact
 
     item_ids = read_artifact(model).catalog.item_ids[1:]

@@ -8,10 +8,10 @@ literature does, and by time (the last tenth; up to 10 cases of each user), with
 and shuffled (in training and test). beauty has the order of events only (`bench.sequences`): leave-one-out, in this
 order. Each seed trains a run and its policy (`jaxrec train`, `jaxrec rl logged`), and each test case is ranked among
 the whole catalogue without its history; `stacked` is the policy's control, which only imitates. The trend counts the
-events of all users before the case, with and without the request time, and so does recent popularity, with the half-
-life of the best validation NDCG@10. Figures are means over the seeds, with 95 % bootstrap intervals over the users.
-What is finished stays in the work folder: a call that was interrupted resumes where it stopped; `bench.rl_logged` takes
-its figures from the same folder.
+events of all users before the case, with and without the request time, and so does recent popularity, with the
+half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 % bootstrap intervals over the
+users. What is finished stays in the work folder: a call that was interrupted resumes where it stopped;
+`bench.rl_logged` takes its figures from the same folder.
 """
 
 import itertools
@@ -116,9 +116,14 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
 
 
 def settings(logs: Iterable[str], splits: Iterable[str], ties: Iterable[str]) -> list[tuple[str, str, Ties]]:
-    """Log, split and order of equal times, as far as the log has times."""
+    """Log, split and order of equal times, as far as the log has times. Raises click.BadParameter if none is left."""
+    logs = list(logs)
     every = itertools.product(logs, splits, map(Ties, ties))
-    return [one for one in every if one[0] not in WITHOUT_TIMES or one[1:] == ("leave-one-out", Ties.FILE)]
+    found = [one for one in every if one[0] not in WITHOUT_TIMES or one[1:] == ("leave-one-out", Ties.FILE)]
+    for log in logs:
+        if all(name != log for name, _, _ in found):
+            raise click.BadParameter(f"{log} has no times: it needs the split leave-one-out with ties in file order")
+    return found
 
 
 def prepared(out: Path, name: str, ratings: Path, split: str, ties: Ties) -> PreparedData:

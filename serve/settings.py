@@ -25,6 +25,7 @@ HOST = re.compile(r"[a-z0-9_.-]+")
 ORIGIN = re.compile(rf"(http(?!.*:80$)|https(?!.*:443$))://({HOST.pattern}|\[[0-9a-f:]+\])(:\d{{1,5}})?")
 # gRPC counts milliseconds in 32 bits.
 LONGEST_CONNECTION_S = 2_000_000
+MOST_STORE_THREADS = 64
 
 
 class SettingsError(ValueError):
@@ -128,8 +129,8 @@ class Settings:
         "For how many users to keep in memory what the model has read of them: about 5 KB each, 50 KB with histories of"
         " thousands of events. Others' are read from the store.",
     ] = 10_000
-    workers: Annotated[
-        int, "Threads for calls that wait for the store, such as RecordEvents: more for a database that is far away."
+    store_threads: Annotated[
+        int, "Threads for calls that write or read the store, such as RecordEvents, not for Recommend. At most 64."
     ] = 8
     event_types: Annotated[
         Path | None,
@@ -220,21 +221,22 @@ class Settings:
     log_calls: Annotated[bool, "Write a log line for every call, not only for failures of the server."] = False
 
     def __post_init__(self) -> None:
-        """Raises SettingsError for settings that exclude each other, and for a share above 1."""
+        """Raises SettingsError for settings that exclude each other, and for what is too large."""
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_cert):
             raise SettingsError("expected tls_cert and tls_key together, and tls_client_ca only with them")
-        if not 1 <= self.connection_age <= LONGEST_CONNECTION_S:
-            raise SettingsError(
-                f"connection_age: expected 1 to {LONGEST_CONNECTION_S} seconds, came {self.connection_age:g}"
-            )
+        for name, least, most, unit in (
+            ("connection_age", 1, LONGEST_CONNECTION_S, " seconds"),
+            ("slate_log", 0, 1, ""),
+            ("store_threads", 1, MOST_STORE_THREADS, ""),
+        ):
+            if not least <= (value := getattr(self, name)) <= most:
+                raise SettingsError(f"{name}: expected {least} to {most}{unit}, came {value:g}")
         if self.processes > 1 and self.address.startswith("unix:"):
             raise SettingsError("expected processes = 1 with unix:PATH: processes cannot share a Unix socket")
         if self.processes > 1 and self.fast is not None and (self.fast.startswith("unix:") or self.fast.endswith(":0")):
             raise SettingsError(
                 f"fast: expected 127.0.0.1:PORT, which {self.processes} processes share, came {self.fast}"
             )
-        if self.slate_log > 1:
-            raise SettingsError(f"slate_log: expected a share of 0 to 1, came {self.slate_log:g}")
         if self.http is None and (self.http_origins is not None or self.http_hosts is not None):
             raise SettingsError("expected http_origins and http_hosts only with http")
         for name, form, expected in (

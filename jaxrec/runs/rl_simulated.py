@@ -119,9 +119,9 @@ def run_simulated(
         "summary": outcome.summary,
         "reason": outcome.reason,
     }
-    plot_rl(records, run.folder / SIMULATED_PLOT_FILE)
     write_text(run.folder / SIMULATED_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
     checkpoint.remove()
+    plot_rl(records, run.folder / SIMULATED_PLOT_FILE)
     return outcome
 
 

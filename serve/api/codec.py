@@ -50,7 +50,7 @@ from serve.model.recommender import Query, Recommender
 from serve.pb import recommender_pb2 as pb
 from serve.stores.base import ShownItem, UserEvent
 
-_ID_TAG = pb.RecommendResponse(recommendation_id="x").SerializeToString()[:1]
+_ID_TAG = pb.RecommendResponse(recommendation_id="x").SerializeToString()[:-2]  # less the length and the x
 PARTS: Mapping[Part, "pb.Part.ValueType"] = {part: pb.Part.Value(f"PART_{part.name}") for part in Part}
 VIEWS = frozenset(pb.View.values())
 

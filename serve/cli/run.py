@@ -208,7 +208,7 @@ def _opened(
         slate_log=settings.slate_log,
         slate_retention=settings.slate_retention,
         log_calls=settings.log_calls,
-        workers=settings.workers,
+        workers=settings.store_threads,
         also_listen=() if http is None else (http.grpc_address,),
         connection_age_s=settings.connection_age,
         fast=settings.fast,

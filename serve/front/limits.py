@@ -5,7 +5,7 @@ from serve.settings import DEFAULTS
 
 # Threads for what neither the event loop answers nor runs the model for many rows: RecordEvents, which waits for the
 # disk, and most else.
-WORKERS: int = DEFAULTS["workers"]
+WORKERS: int = DEFAULTS["store_threads"]
 # For what runs the model for many rows, reads long histories, or explains.
 SLOW_WORKERS = 3
 # A history of 300 events. To decode and check the longest that is allowed takes as long as a run of the model.

@@ -143,3 +143,9 @@ def test_run_is_configured_by_all_sources(file: Path, monkeypatch: pytest.Monkey
 def test_an_age_of_connections_that_grpc_cannot_count_is_refused(seconds: float) -> None:
     with pytest.raises(SettingsError, match="connection_age: expected 1 to 2000000 seconds"):
         Settings(model=Path("model"), connection_age=seconds)
+
+
+def test_more_threads_than_the_store_keeps_connections_for_are_refused() -> None:
+    assert Settings(Path("m"), store_threads=64).store_threads == 64
+    with pytest.raises(SettingsError, match="store_threads: expected 1 to 64, came 65"):
+        Settings(Path("m"), store_threads=65)

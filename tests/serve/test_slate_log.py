@@ -82,7 +82,7 @@ def test_what_was_shown_cannot_be_left_out_for_longer_than_it_is_kept(model: Rec
 
 
 def test_a_share_above_all_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"slate_log: expected a share of 0 to 1, came 1\.5"):
+    with pytest.raises(SettingsError, match=r"slate_log: expected 0 to 1, came 1\.5"):
         Settings(Path("m"), slate_log=1.5)
 
 

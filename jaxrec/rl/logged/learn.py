@@ -2,8 +2,8 @@
 
 Each fold's decisions are ranked by weights that were fitted to the other folds, so neither the models nor the weights
 were trained on the users that evaluate them. Three fits are compared with the mix: imitation alone (what stacking
-gives), imitation and rewards, and the same with permuted rewards, a control that should gain nothing. It decides
-nothing.
+gives), imitation and rewards, and the same with permuted rewards, a control that should gain nothing. The
+control does not enter the decision.
 
 Fits with several weights of the rewards trace the frontier of reward and NDCG@10: the weight is the multiplier of a
 Lagrangian that trades one for the other. A budget of NDCG@10 chooses the weight that earns most within it.
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import TrainingError
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, resample
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.models.masks import NEVER
@@ -124,7 +125,12 @@ def learn_reranker(
     usual = config.reward_weight, BEYOND * config.reward_weight
     for weight in usual if config.ndcg_budget is None else BUDGET_WEIGHTS:
         if weight:
-            weighted[weight] = ranked(RERANKED, dataclasses.replace(config, reward_weight=weight))
+            try:
+                weighted[weight] = ranked(RERANKED, dataclasses.replace(config, reward_weight=weight))
+            except TrainingError:
+                # What is only a point of the plot is left out.
+                if config.ndcg_budget is not None or weight == config.reward_weight:
+                    raise
     frontier = [curve[-1] for _, curve in weighted.values()]
     if config.ndcg_budget is not None:
         floor = frontier[0].ndcg - config.ndcg_budget * float(weighted[0.0][0].ndcg.mean())

@@ -41,8 +41,8 @@ from serve.stores.rows import (
 from serve.stores.sql import SqlStore
 
 CONNECT_TIMEOUT_S = 5
-# Kept open between calls; there are never more than threads that call at once.
-IDLE_CONNECTIONS = 16
+# Kept open between calls: one for each thread that may call (at most 64 `--store-threads`, and those that run models).
+IDLE_CONNECTIONS = 80
 # A statement that waits longer, say for a lock, fails; the client may try again.
 STATEMENT_TIMEOUT_MS: LiteralString = "5000"
 # For each transaction, in one message: PgBouncer refuses connections with options, and lends them to others.

@@ -52,7 +52,7 @@ def test_metrics_for_other_machines_do_not_open_the_port_of_calls(
 
 
 def test_calls_that_wait_for_the_store_have_as_many_threads_as_are_set(model: Recommender, tmp_path: Path) -> None:
-    settings, metrics, calls = Settings(tmp_path, "127.0.0.1:0", workers=2), Metrics(), 4
+    settings, metrics, calls = Settings(tmp_path, "127.0.0.1:0", store_threads=2), Metrics(), 4
     with (
         open_store(tmp_path / "events") as store,
         closing(sqlite3.connect(tmp_path / "events", isolation_level=None)) as other,
@@ -72,6 +72,6 @@ def test_calls_that_wait_for_the_store_have_as_many_threads_as_are_set(model: Re
                 assert time.monotonic() < end
             names = [one.name for one in threading.enumerate() if one not in of_others and "grpc-pool" in one.name]
             other.execute("ROLLBACK")
-            assert len(names) == settings.workers
+            assert len(names) == settings.store_threads
             assert sum(future.result().recorded_count for future in futures) == calls
         server.drain()
