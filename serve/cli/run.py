@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,6 +34,34 @@ logger = logging.getLogger(__name__)
 
 # A signal that comes just before a wait does not end it, since Python runs its handler between two waits only.
 LOOK_S = 0.5
+
+
+class Stop:
+    """Whether to stop; may be set by any thread and by a signal's handler.
+
+    A `threading.Event` may not: the handler runs in the thread that waits, which can hold the event's lock just then,
+    and would wait for itself. `SimpleQueue.put` may interrupt a `get` of its own thread.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._wake: SimpleQueue[None] = SimpleQueue()
+
+    def set(self) -> None:
+        """Ends the wait, and all later ones at once."""
+        self._is_set = True
+        self._wake.put(None)
+
+    def is_set(self) -> bool:
+        """Whether it was set."""
+        return self._is_set
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until it is set, but not longer. Returns whether it is."""
+        if not self._is_set:
+            with suppress(Empty):
+                self._wake.get(timeout=seconds)
+        return self._is_set
 
 
 @click.command("run")
@@ -115,9 +144,7 @@ def serve(settings: Settings, supervised: "Supervised | None" = None) -> None:
     leave_process(int(failed.is_set()))
 
 
-def _serve(
-    settings: Settings, supervised: "Supervised | None", stopped: threading.Event, fail: Callable[[], None]
-) -> None:
+def _serve(settings: Settings, supervised: "Supervised | None", stopped: Stop, fail: Callable[[], None]) -> None:
     from serve.api.event_types import BUILT_IN, read_event_types
     from serve.model.exploration import Exploration
     from serve.observability.metrics import Metrics
@@ -227,9 +254,9 @@ def _opened(
     return server, where if http is None else f"{where} and {http.url}"
 
 
-def _reasons_to_stop() -> tuple[threading.Event, threading.Event, Callable[[], None]]:
+def _reasons_to_stop() -> tuple[Stop, threading.Event, Callable[[], None]]:
     """What is set by a signal or a failure, what is set by a failure alone, and what a failure calls."""
-    stopped, failed = threading.Event(), threading.Event()
+    stopped, failed = Stop(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
 

@@ -75,3 +75,22 @@ def test_calls_that_wait_for_the_store_have_as_many_threads_as_are_set(model: Re
             assert len(names) == settings.store_threads
             assert sum(future.result().recorded_count for future in futures) == calls
         server.drain()
+
+
+def test_a_signal_at_any_moment_of_a_wait_ends_it() -> None:
+    """Thousands of them in a process of its own, since a wait that a signal locks never ends."""
+    program = """
+import signal
+from serve.cli.run import Stop
+for _ in range(3_000):
+    stop = Stop()
+    signal.signal(signal.SIGALRM, lambda *_: stop.set())
+    signal.setitimer(signal.ITIMER_REAL, 2e-4)
+    while not stop.wait(1e-6):
+        pass
+    assert stop.wait(0.0) and stop.is_set()
+print("ended")
+"""
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (ended.stdout, ended.stderr) == ("ended\n", "")
