@@ -315,7 +315,6 @@ def test_a_run_that_cannot_be_begun_in_mlflow_leaves_nothing_in_the_way(data: Pa
 ONE_OF_TWO = """
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 from jaxrec.errors import TrainingError
 from jaxrec.runs.train import train
 from jaxrec.training.processes import join, leave
