@@ -49,9 +49,10 @@ _COMPILING = {
     "jax_persistent_cache_min_entry_size_bytes": -1,
     "jax_disable_most_optimizations": True,
 }
-# Without fused loops a training step is compiled in a fifth of the time. What the environment says stays.
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+# Without fused loops a small training step is compiled in less than half of the time. What the environment says stays.
+_FUSION = "--xla_cpu_use_fusion_emitters"
+if _FUSION not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FUSION}=false"
 for _name, _value in _COMPILING.items():
     if _name.upper() not in os.environ:
         os.environ[_name.upper()] = str(_value)

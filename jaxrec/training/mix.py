@@ -194,7 +194,8 @@ def fit_weights(
     if not len(found.parts):
         return first.astype(np.float32)  # every target is excluded: there is nothing to learn from
     bounds = [(0, None)] * len(start) + [(None, None)] * others
-    objective, unit = penalized_loss(found, start), np.append(units(found, start), np.ones(others - views))
+    of_columns = units(found, start)
+    objective, unit = penalized_loss(found, start, of_columns), np.append(of_columns, np.ones(others - views))
     unit[unit == 0] = 1.0
 
     def of_scaled(scaled: np.ndarray) -> tuple[float, np.ndarray]:
@@ -218,13 +219,14 @@ def fit_weights(
 
 
 def penalized_loss(
-    found: Candidates, start: Sequence[float] = START
+    found: Candidates, start: Sequence[float], unit: np.ndarray
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     """What `fit_weights` minimizes.
 
     Args:
         found: The candidates of at least one case.
         start: As in `fit_weights`.
+        unit: Of these, by `units`.
 
     Returns:
         A function of the weights and the table [parts + views, or parts + views + TABLE_SIZE] float64, which returns
@@ -232,7 +234,7 @@ def penalized_loss(
     """
     (cases, views, width), repeated = found.views.shape, found.repeats.shape[1]
     linear = len(start) + views
-    centre, unit = np.concatenate([start, np.zeros(views)]), units(found, start)
+    centre = np.concatenate([start, np.zeros(views)])
     columns = np.concatenate([found.parts, found.views], axis=1).swapaxes(0, 1).reshape(linear, -1)
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
@@ -267,7 +269,7 @@ def penalized_loss(
     return objective
 
 
-def units(found: Candidates, start: Sequence[float] = START) -> np.ndarray:
+def units(found: Candidates, start: Sequence[float]) -> np.ndarray:
     """[parts + views]: what a weight is multiplied with where it is penalized, 1 / `start` of a part and the standard
     deviation of a view."""
     where = found.log_weight > NEVER

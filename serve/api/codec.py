@@ -57,7 +57,7 @@ VIEWS = frozenset(pb.View.values())
 
 def decode_query(request: pb.RecommendRequest, model: Recommender, event_types: EventTypes) -> Query:
     """The question that a request asks the model that answers it, from now on."""
-    # Most requests have few fields, and a look at one that is not there takes as long as a check of it.
+    # Most requests have few fields. What is absent is not checked, since a check costs more than a look.
     started, found, live = time.monotonic(), Violations(), model.live
     k = found.check(checked_count, "k", request.k)
     item_filter, is_known, exclude = None, True, tuple[str, ...]()
@@ -322,32 +322,32 @@ def _encoded_answer(recommendation: Recommendation, view: int) -> bytes:
     answer, live = recommendation.answer, recommendation.live
     ids_alone = view == pb.VIEW_IDS
     messages = live.id_messages if ids_alone else live.messages
-    parts = [_rest(recommendation.model.info.model_version, answer.policy, answer.ignored_event_count)]
+    parts = [_shared_fields(recommendation.model.info.model_version, answer.policy, answer.ignored_event_count)]
     scores, at = answer.scores.astype("<f4").tobytes(), 0
     for index in answer.items.tolist():
         parts += (messages.get(index) or _item_message(index, live, ids_alone=ids_alone), scores[at : at + 4])
         at += 4
     recommendation_id = recommendation.recommendation_id.encode()
-    parts += (_ID_TAG, _length(len(recommendation_id)), recommendation_id)
+    parts += (_ID_TAG, _varint(len(recommendation_id)), recommendation_id)
     # Parts of a message one after the other are the message: a third of the time of one field after the other.
     return b"".join(parts)
 
 
 @lru_cache
-def _rest(model_version: str, policy: str, ignored_event_count: int) -> bytes:
+def _shared_fields(model_version: str, policy: str, ignored_event_count: int) -> bytes:
     """What many answers have in common."""
     return pb.RecommendResponse(
         model_version=model_version, policy=policy, ignored_event_count=ignored_event_count
     ).SerializeToString()
 
 
-def _length(length: int) -> bytes:
+def _varint(number: int) -> bytes:
     """As protobuf writes it: 7 bits a byte, the lowest first."""
     found = bytearray()
-    while length > 0x7F:
-        found.append(length & 0x7F | 0x80)
-        length >>= 7
-    found.append(length)
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    found.append(number)
     return bytes(found)
 
 
@@ -391,7 +391,7 @@ def _item_message(item: int, live: LiveCatalog, *, ids_alone: bool) -> bytes:
     message.recommendations.add(item_id=catalog.item_ids[item], **texts)
     unscored = message.recommendations[0].SerializeToString()
     # Length-delimited field 1 of the response; field 4 with four bytes within it. protobuf's encoding guide.
-    encoded = b"\x0a" + _length(len(unscored) + 1 + 4) + unscored + b"\x25"
+    encoded = b"\x0a" + _varint(len(unscored) + 1 + 4) + unscored + b"\x25"
     (live.id_messages if ids_alone else live.messages)[item] = encoded
     return encoded
 

@@ -106,7 +106,7 @@ SLATE_COLUMNS = (
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def _encoded(values: Sequence[object]) -> str:
+def _json(values: Sequence[object]) -> str:
     return _encode(values) if values else "[]"
 
 
@@ -114,10 +114,10 @@ def slate_row(one: Slate) -> tuple[str | int | float | None, ...]:
     """SLATE_COLUMNS as SQL databases have them: lists are JSON."""
     return (
         *(one.recommendation_id, one.user_id),
-        *(_encoded(one.item_ids), _encoded(one.log_propensities)),
+        *(_json(one.item_ids), _json(one.log_propensities)),
         *(one.policy, one.model_version, one.timestamp, one.temperature, one.request_time),
-        *(_encoded(one.excluded_item_ids), one.trend_time, one.trend_arrival),
-        _encoded(one.request_options),
+        *(_json(one.excluded_item_ids), one.trend_time, one.trend_arrival),
+        _json(one.request_options),
     )
 
 

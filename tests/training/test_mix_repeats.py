@@ -9,7 +9,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.models.masks import NEVER
 from jaxrec.models.repeat import AGO_EDGES, COUNT_EDGES, FEATURES, SIZES, STARTS, TABLE_SIZE
 from jaxrec.training import mix
-from jaxrec.training.mix import Candidates, choose, fit_weights, penalized_loss, seen_candidates
+from jaxrec.training.mix import START, Candidates, choose, fit_weights, penalized_loss, seen_candidates, units
 from tests.training.test_mix import drawn_targets
 
 
@@ -26,7 +26,7 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     log_weight = np.where(rng.random((6, 7)) < 0.2, NEVER, rng.uniform(0, 3, (6, 7)))
     log_weight[:, 0] = 0
     found = Candidates(rng.normal(size=(6, 3, 7)), rng.normal(size=(6, 2, 7)), log_weight, repeats.astype(np.uint8))
-    objective = penalized_loss(found)
+    objective = penalized_loss(found, START, units(found, START))
     # Numbers that float32 holds exactly, with the steps of the finite differences.
     weights = np.round(rng.normal(size=5 + TABLE_SIZE) * 64) / 64
     weights[5] = 0.0  # place 0 adds nothing

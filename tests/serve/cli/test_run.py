@@ -60,6 +60,7 @@ def test_calls_that_wait_for_the_store_have_as_many_threads_as_are_set(model: Re
     ):
         known = one_model(model, store)
         server, where = run._opened(settings, run._listener(settings), known, store, BUILT_IN, metrics, print, stack)
+        stack.callback(server.drain)
         server.start()
         of_others = threading.enumerate()
         with grpc.insecure_channel(where) as channel:
@@ -74,7 +75,6 @@ def test_calls_that_wait_for_the_store_have_as_many_threads_as_are_set(model: Re
             other.execute("ROLLBACK")
             assert len(names) == settings.store_threads
             assert sum(future.result().recorded_count for future in futures) == calls
-        server.drain()
 
 
 def test_a_signal_at_any_moment_of_a_wait_ends_it() -> None:

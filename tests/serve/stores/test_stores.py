@@ -437,16 +437,17 @@ class Relay:
 
     def __init__(self, port: int) -> None:
         self.waits = 0
-        self._server = socket.create_connection(("127.0.0.1", port))
+        self._upstream = socket.create_connection(("127.0.0.1", port))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._run)
+        self._listener.settimeout(DEADLINE_S)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         client, _ = self._listener.accept()
-        others, answered = {client: self._server, self._server: client}, True
-        with self._listener, client, self._server:
+        others, answered = {client: self._upstream, self._upstream: client}, True
+        with self._listener, client, self._upstream:
             while True:
                 for one in select.select(list(others), (), ())[0]:
                     content = one.recv(2**16)
@@ -458,6 +459,7 @@ class Relay:
 
     def join(self) -> None:
         self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
 
 
 def test_a_read_waits_once_for_postgres(servers: dict[str, DatabaseServer], tmp_path: Path) -> None:
