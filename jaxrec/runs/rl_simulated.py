@@ -36,7 +36,13 @@ from jaxrec.rl.simulated.recommender import every_user, recommender_environment,
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
 from jaxrec.rl.simulated.train import train_simulated
 from jaxrec.rl.states import policy_states
-from jaxrec.runs.directory import POLICY_FOLDER, POLICY_PLOT_FILE, SIMULATED_OUTCOME_FILE, SIMULATED_PLOT_FILE, SIMULATOR_PARTIAL_FOLDER
+from jaxrec.runs.directory import (
+    POLICY_FOLDER,
+    POLICY_PLOT_FILE,
+    SIMULATED_OUTCOME_FILE,
+    SIMULATED_PLOT_FILE,
+    SIMULATOR_PARTIAL_FOLDER,
+)
 from jaxrec.runs.policy import LoadedRun, PolicyInUse, digest_in_use, policy_in_use, require_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
