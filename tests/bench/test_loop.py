@@ -90,8 +90,8 @@ def test_the_weights_of_a_reranker_are_learned_from_its_own_log_and_exported(
     small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
-    """The gate is opened: the slates are drawn anew in each run of the test, so that it may decide either way. Without a
-    trend, of which a new store counts events only in the second round."""
+    """The gate is opened, since the slates are drawn anew in each run of the test and it may decide either way. There
+    is no trend, since a new store has events for it only in the second round."""
     parts = small_hybrid.lstm, small_hybrid.content, small_hybrid.cooccurrence, small_hybrid.mix_weights()
     supervised = with_random_reranker(Hybrid(*parts), small_data)
 

@@ -63,7 +63,7 @@ def test_a_log_without_structure_gives_no_reranker_and_a_stopped_training_ends_t
         ("imitation and rewards", 20),
         ("permuted rewards", 20),
     ]
-    assert [point["reward_weight"] for point in written["frontier"]] == [0, 1, 10]
+    assert [point["reward_weight"] for point in written["frontier"]] == [0, 1]
     data = run.read_data()
     assert load_supervised(run, data).reranker is None
     evaluation = jaxrec.evaluate(run)
