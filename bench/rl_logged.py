@@ -10,9 +10,9 @@ logged`), which is used or not, as the gate decides. Out of fold: the last 40 tr
 models and a policy that were trained without this user. Test: the test events, each ranked among the whole catalogue
 without the history, with and without the request time, by the hybrid, by the policy's control that only imitates
 (stacked), and by the policy. Reward-weighted NDCG@10 weighs each case by its rating (that of the item where it has
-none). Figures are means over the seeds, with 95 % bootstrap intervals over the users; differences are paired by case.
-What is finished stays in the work folder: a call that was interrupted resumes where it stopped; `bench.quality` takes
-its figures from the same folder.
+none); it is empty for a log without ratings. Figures are means over the seeds, with 95 % bootstrap intervals over the
+users; differences are paired by case. What is finished stays in the work folder: a call that was interrupted resumes
+where it stopped; `bench.quality` takes its figures from the same folder.
 """
 
 import json
@@ -66,12 +66,13 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tu
         ]
         files += of_seeds
         title = f"{name}-{split}-{tie.value}"
-        body += [*test_table(title, of_seeds, outcomes), *out_of_fold_table(outcomes)]
+        rated = bool(np.ptp(np.load(of_seeds[0])["rating"]))
+        body += [*test_table(title, of_seeds, outcomes, rated), *out_of_fold_table(outcomes, rated)]
     page.write(body, [*files, *map(begun, files)])
 
 
-def test_table(title: str, files: list[Path], outcomes: list[dict[str, Any]]) -> list[str]:
-    """The table of the test cases of one log, split and order of ties."""
+def test_table(title: str, files: list[Path], outcomes: list[dict[str, Any]], rated: bool) -> list[str]:
+    """The table of the test cases of one log, split and order of ties; `rated`: whether the log has ratings."""
     seeds = [dict(np.load(file)) for file in files]
     users, rating = seeds[0]["users"], seeds[0]["rating"]
     used = sum(outcome["used"] for outcome in outcomes)
@@ -95,11 +96,12 @@ def test_table(title: str, files: list[Path], outcomes: list[dict[str, Any]]) ->
             ]
             less_hybrid = "" if model == "hybrid" else shown(bootstrap(own - of_hybrid, resamples), "+.4f")
             cells = [model, "with" if time else "without", shown(bootstrap(own, resamples)), less_hybrid, shares[0]]
-            lines.append("| " + " | ".join([*cells, f"{weighted.mean():.4f}", shares[1]]) + " |")
+            by_rating = [f"{weighted.mean():.4f}", shares[1]] if rated else ["", ""]
+            lines.append("| " + " | ".join([*cells, *by_rating]) + " |")
     return lines
 
 
-def out_of_fold_table(outcomes: list[dict[str, Any]]) -> list[str]:
+def out_of_fold_table(outcomes: list[dict[str, Any]], rated: bool) -> list[str]:
     """The gains out of fold of one log; intervals are the means of the seeds' own."""
     lines = ["\n| out of fold | NDCG@10 | reward-weighted NDCG@10 | slate reward |", "|---|---|---|---|"]
     for label, of in OUT_OF_FOLD.items():
@@ -107,7 +109,8 @@ def out_of_fold_table(outcomes: list[dict[str, Any]]) -> list[str]:
         for figure in ("ndcg", "reward_weighted_ndcg", "reward"):
             gains = [outcome["differences"][f"{figure}{of}"] for outcome in outcomes]
             mean, low, high = (float(np.mean([gain[part] for gain in gains])) for part in ("mean", "low", "high"))
-            cells.append(shown(Estimate(mean, low, high), "+.4f"))
+            empty = figure == "reward_weighted_ndcg" and not rated
+            cells.append("" if empty else shown(Estimate(mean, low, high), "+.4f"))
         lines.append("| " + " | ".join(cells) + " |")
     before = {
         figure: np.mean([outcome["figures"]["mix"][figure] for outcome in outcomes]) for figure in ("ndcg", "reward")

@@ -286,7 +286,7 @@ def main(work: Path, seeds: int, rounds: int, runs: str, publish: bool, ratings:
     page.write(body, results)
 
 
-def with_reranker(supervised: Path, run: Path) -> tuple[Path, str]:
+def with_reranker(supervised: Path, run: Path, config: LoggedConfig = LoggedConfig()) -> tuple[Path, str]:
     """RUN, a copy of the supervised run after `jaxrec rl logged`, which is resumed where it stopped, and what its gate
     said. The run uses the reranker whatever the gate said."""
     if not run.is_dir():
@@ -296,11 +296,12 @@ def with_reranker(supervised: Path, run: Path) -> tuple[Path, str]:
         copy.rename(run)
     interrupted = (run / RERANKER_PARTIAL_FOLDER).is_dir()
     if interrupted or not (run / RERANKER_OUTCOME_FILE).is_file():
-        jaxrec.fine_tune(run, LoggedConfig(), resume=interrupted)
+        jaxrec.fine_tune(run, config, resume=interrupted)
     with np.load(run / RERANKER_FILE) as arrays:
-        use = {**arrays, "used": True}
-    with new_file(run / RERANKER_FILE) as temporary, temporary.open("wb") as file:
-        np.savez(file, **use)
+        learned = dict(arrays)
+    if not learned["used"]:
+        with new_file(run / RERANKER_FILE) as temporary, temporary.open("wb") as file:
+            np.savez(file, **{**learned, "used": True})
     return run, json.loads((run / RERANKER_OUTCOME_FILE).read_text("utf-8"))["reason"]
 
 

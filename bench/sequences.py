@@ -1,12 +1,17 @@
-"""Reads public benchmark files that hold the order of events but no times, as S3-Rec (CIKM 2020) published them."""
+"""Reads public benchmark files that hold the order of events but no times, as S3-Rec (CIKM 2020) published them, and
+notes of which files data were prepared."""
 
+import hashlib
 import json
 from pathlib import Path
 
+import click
 import numpy as np
 import pandas as pd
 
+from bench.publish import begin, read_figures, write_figures
 from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
+from jaxrec.files import sha256
 
 ONE_TIME = 1_262_304_000
 
@@ -22,3 +27,22 @@ def read_sequences(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     known = list(dict.fromkeys(items))
     genres = ["|".join(f"a{one}" for one in attributes.get(item, ())) for item in known]
     return log, pd.DataFrame({ITEM: known, TITLE: [f"item {item}" for item in known], GENRES: genres})
+
+
+def require_source(source: Path, log: Path, out: Path) -> None:
+    """Notes in `source` of which log, a file or a folder of files, the data in `out` are prepared.
+
+    Raises click.ClickException where they are of another one, or are there already and it is not known of which.
+    """
+    digest = sha256(log) if log.is_file() else _folder_digest(log)
+    if not source.is_file():
+        begin(source, out)
+        write_figures(source, digest)
+    if read_figures(source) != digest:
+        raise click.ClickException(f"{out} was made of another file than {log}; delete {source.parent}")
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 of the names and the contents of its files."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()

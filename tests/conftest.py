@@ -160,13 +160,16 @@ def small_hybrid(small_data: PreparedData) -> Hybrid:
 
 @pytest.fixture(scope="session")
 def with_random_reranker() -> Callable[[Hybrid, PreparedData], Hybrid]:
-    """Puts a reranker with random weights on a hybrid of the data; its tables are fitted. A policy shifts them."""
+    """Puts a reranker with random weights and scales, all different, on a hybrid of the data; its tables are fitted. A
+    policy shifts its weights."""
 
     def build(hybrid: Hybrid, data: PreparedData) -> Hybrid:
         start, rng = with_reranker(hybrid, data), np.random.default_rng(0)
         assert start.reranker is not None
         features, context = len(FEATURES), len(CONTEXT)
-        scales = Scales(np.ones(features), np.zeros(context), np.full(context, 10.0))
+        scales = Scales(
+            rng.uniform(0.5, 2.0, features), rng.normal(scale=3.0, size=context), rng.uniform(5.0, 15.0, context)
+        )
         weights = RerankerWeights(rng.normal(size=features), rng.normal(size=(context, features)))
         reranked = hybrid.with_reranker(Reranker(start.reranker.tables, scales, weights))
         if hybrid.policy is None:

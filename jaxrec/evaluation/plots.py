@@ -1,4 +1,4 @@
-"""Plots of a run as PNG files."""
+"""Plots of a run: figures of its records, and the files that they are saved as."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from jaxrec.files import new_file
 LOST = "Likelihood that real events lose (nats)"
 
 
-def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def training_figure(epochs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Loss and validation NDCG@10 by epoch; `epochs` maps a model's name to the records of its log."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -29,10 +29,10 @@ def plot_training(epochs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     right.set(title="Validation", xlabel="epoch", ylabel="NDCG@10")
     left.legend(fontsize="small")
     right.legend(fontsize="small")
-    _save(figure, path)
+    return figure
 
 
-def plot_rl(steps: Sequence[Mapping[str, float]], path: Path) -> None:
+def policy_figure(steps: Sequence[Mapping[str, float]]) -> Figure:
     """The training of a policy.
 
     By update, as far as the records have them: its reward, its distance, what keeps it near, its spread and importance
@@ -69,16 +69,18 @@ def plot_rl(steps: Sequence[Mapping[str, float]], path: Path) -> None:
         axis.legend(fontsize="small")
     for axis in axes:
         axis.set_axis_off()
-    _save(figure, path)
+    return figure
 
 
-def plot_logged(curves: Sequence[Mapping[str, Any]], frontier: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The training of a reranker: gains over the mix for held-out users by update, and what the rewards cost.
+def reranker_figure(curves: Sequence[Mapping[str, Any]], frontier: Sequence[Mapping[str, Any]]) -> Figure:
+    """The training of a reranker: gains over the hybrid for held-out users by update, and what the rewards cost.
 
     Args:
         curves: `jaxrec.rl.logged.learn.Point` of each fit and update, as mappings.
         frontier: The same of fits with several weights of the rewards.
-        path: PNG file.
+
+    Returns:
+        Slate reward, NDCG@10 and the frontier.
     """
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -87,16 +89,16 @@ def plot_logged(curves: Sequence[Mapping[str, Any]], frontier: Sequence[Mapping[
             points = [(point["step"], point[measure]) for point in curves if point["name"] == name]
             axis.plot(*zip((0, 0.0), *points, strict=True), "o-", markersize=3, label=name)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(title=f"{title} of held-out users, gain over the mix", xlabel="update")
+        axis.set(title=f"{title} of held-out users, gain over the hybrid", xlabel="update")
         axis.legend(fontsize="small")
     axes[2].plot([point["ndcg"] for point in frontier], [point["reward"] for point in frontier], "o-")
     for point in frontier:
         axes[2].annotate(f"{point['reward_weight']:g}", (point["ndcg"], point["reward"]), fontsize="small")
     axes[2].set(title="Frontier, by weight of the rewards", xlabel="gain in NDCG@10", ylabel="gain in slate reward")
-    _save(figure, path)
+    return figure
 
 
-def plot_metrics(rows: Sequence[MetricsRow], path: Path) -> None:
+def metrics_figure(rows: Sequence[MetricsRow]) -> Figure:
     """HR@10 and NDCG@10 of every row with their intervals."""
     figure = Figure(figsize=(11, 0.5 * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -111,9 +113,10 @@ def plot_metrics(rows: Sequence[MetricsRow], path: Path) -> None:
         axis.barh(labels, means, xerr=[below, above], color="steelblue", ecolor="black", capsize=3)
         axis.set(title=f"{title} on test cases, 95 % interval")
     axes[0].invert_yaxis()
-    _save(figure, path)
+    return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_plot(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG file."""
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -22,7 +22,7 @@ from jaxrec.data.report import write_report
 from jaxrec.data.schema import NO_GENRES
 from jaxrec.data.store import read_prepared
 from jaxrec.errors import DataError
-from jaxrec.evaluation.plots import plot_metrics, plot_training
+from jaxrec.evaluation.plots import metrics_figure, save_plot, training_figure
 from jaxrec.files import new_directory, new_file, write_text
 from jaxrec.rl.config import LoggedConfig
 from jaxrec.runs.directory import CONTENT_FOLDER, LSTM_FOLDER, RERANKER_PLOT_FILE
@@ -63,7 +63,7 @@ def run_demo(out: Path, seed: int = 0) -> None:
         run = train(out / "data", out / "run", train_config=TrainConfig(seed=seed))
         logs = {"TimeRatingAwareLSTM": LSTM_FOLDER, "TimeRatingAwareContentModel": CONTENT_FOLDER}
         epochs = {name: read_epochs(run.folder / folder) for name, folder in logs.items()}
-        plot_training(epochs, out / "plots/training.png")
+        save_plot(training_figure(epochs), out / "plots/training.png")
     with _stage("Reinforcement learning on held-out users"):
         outcome = fine_tune(run, LoggedConfig(seed=seed))
         shutil.copyfile(run.folder / RERANKER_PLOT_FILE, out / "plots/rl.png")
@@ -72,7 +72,7 @@ def run_demo(out: Path, seed: int = 0) -> None:
         evaluation = evaluate(run)
         write_evaluation(evaluation, out / "metrics.json")
         write_text(out / "metrics.txt", f"{evaluation}\n")
-        plot_metrics(evaluation.rows, out / "plots/metrics.png")
+        save_plot(metrics_figure(evaluation.rows), out / "plots/metrics.png")
     with _stage("Export to ONNX"):
         manifest = export(run, out / "model", LICENCE)
         difference = manifest["parity"]["max_abs_difference"]

@@ -17,6 +17,7 @@ RUN/reranker.npz                the reranker that `jaxrec rl logged` learned, wh
 RUN/reranker.json               whether it is used and why, the figures, their course and frontier, the configuration
 RUN/reranker.png                course and frontier as a plot
 RUN/reranker.refused.json       the same figures of one that was refused while another one is in use, which stays
+RUN/reranker.refused.png        their course and frontier as a plot
 RUN/reranker.partial/           where an interrupted `jaxrec rl logged` stands: one folder for each fold
 RUN/mlflow.json                 which run of MLflow this one is, and of which data version (`jaxrec.runs.tracking`)
 RUN/evaluation.json             written by `jaxrec evaluate`; goes into the manifest of the exported model
@@ -92,6 +93,7 @@ RERANKER_FILE = "reranker.npz"
 RERANKER_OUTCOME_FILE = "reranker.json"
 RERANKER_PLOT_FILE = "reranker.png"
 RERANKER_REFUSED_FILE = "reranker.refused.json"
+RERANKER_REFUSED_PLOT_FILE = "reranker.refused.png"
 RERANKER_PARTIAL_FOLDER = "reranker.partial"
 SERVED_OUTCOME_FILE = "policy_from_log.json"
 SIMULATED_OUTCOME_FILE = "policy_from_simulator.json"
@@ -108,6 +110,7 @@ POLICY_FILES = (
     RERANKER_PLOT_FILE,
     RERANKER_PARTIAL_FOLDER,
     RERANKER_REFUSED_FILE,
+    RERANKER_REFUSED_PLOT_FILE,
     "policy.partial",  # this one and the next one: of earlier versions
     "policy.refused",
 )  # all that belongs to the models that the run has now

@@ -92,7 +92,7 @@ def load_run(folder: Path) -> LoadedRun:
 
 def write_policy(run: Run, supervised: Hybrid, trained: TrainedPolicy, config: Any, method: str) -> None:
     """Replaces RUN/policy/ as a whole. The one before stays as RUN/policy.previous/ if it was in use."""
-    from jaxrec.evaluation.plots import plot_rl
+    from jaxrec.evaluation.plots import policy_figure, save_plot
 
     keep_previous(run)
     with new_directory(run.folder / POLICY_FOLDER, POLICY_FILE) as new:
@@ -102,7 +102,7 @@ def write_policy(run: Run, supervised: Hybrid, trained: TrainedPolicy, config: A
         content = dataclasses.asdict(record)
         (new / POLICY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_json_lines(new / POLICY_STEPS_FILE, trained.updates)
-        plot_rl(trained.updates, new / POLICY_PLOT_FILE)
+        save_plot(policy_figure(trained.updates), new / POLICY_PLOT_FILE)
     (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the earlier policy
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from jaxrec.config import TrainConfig, to_json
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import DataError
-from jaxrec.evaluation.plots import plot_logged
+from jaxrec.evaluation.plots import reranker_figure, save_plot
 from jaxrec.files import new_file, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
@@ -37,6 +37,7 @@ from jaxrec.runs.directory import (
     RERANKER_PARTIAL_FOLDER,
     RERANKER_PLOT_FILE,
     RERANKER_REFUSED_FILE,
+    RERANKER_REFUSED_PLOT_FILE,
     Run,
     load_supervised,
     new_models,
@@ -57,7 +58,7 @@ def run_logged(
 
     RUN/reranker.json says whether, with the figures, and RUN/reranker.png shows them. RUN/reranker.npz holds it,
     whether it is used or not, for `jaxrec evaluate`. If it is refused while another one is in use, that one and its
-    files stay, and RUN/reranker.refused.json has the figures.
+    files stay, and RUN/reranker.refused.json and RUN/reranker.refused.png have the figures.
 
     Each fold's models are trained in RUN/reranker.partial/, which is removed at the end.
 
@@ -102,15 +103,15 @@ def run_logged(
         "curves": [point._asdict() for point in learned.curves],
         "frontier": [point._asdict() for point in learned.frontier],
     }
-    text = json.dumps(record, indent=2) + "\n"
     if not learned.outcome.used and before is not None:
-        write_text(run.folder / RERANKER_REFUSED_FILE, text)
+        figures, plot = RERANKER_REFUSED_FILE, RERANKER_REFUSED_PLOT_FILE
     else:
+        figures, plot = RERANKER_OUTCOME_FILE, RERANKER_PLOT_FILE
         (run.folder / EVALUATION_FILE).unlink(missing_ok=True)  # its figures are of the run before
         write_reranker(run, supervised, jax.tree.map(np.asarray, own.reranker.tables), learned)
-        plot_logged(record["curves"], record["frontier"], run.folder / RERANKER_PLOT_FILE)
-        write_text(run.folder / RERANKER_OUTCOME_FILE, text)
+    write_text(run.folder / figures, json.dumps(record, indent=2) + "\n")
     shutil.rmtree(checkpoint.folder)
+    save_plot(reranker_figure(record["curves"], record["frontier"]), run.folder / plot)
     return learned.outcome
 
 

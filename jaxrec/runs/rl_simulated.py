@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.reading.rules import IdKind
 from jaxrec.data.split import Cases
 from jaxrec.errors import DataError
-from jaxrec.evaluation.plots import plot_rl
+from jaxrec.evaluation.plots import policy_figure, save_plot
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.cases import CaseResults, case_evaluator, case_states
@@ -35,7 +36,13 @@ from jaxrec.rl.simulated.recommender import every_user, recommender_environment,
 from jaxrec.rl.simulated.split_people import TwoSimulators, two_simulators
 from jaxrec.rl.simulated.train import train_simulated
 from jaxrec.rl.states import policy_states
-from jaxrec.runs.directory import SIMULATED_OUTCOME_FILE, SIMULATED_PLOT_FILE, SIMULATOR_PARTIAL_FOLDER
+from jaxrec.runs.directory import (
+    POLICY_FOLDER,
+    POLICY_PLOT_FILE,
+    SIMULATED_OUTCOME_FILE,
+    SIMULATED_PLOT_FILE,
+    SIMULATOR_PARTIAL_FOLDER,
+)
 from jaxrec.runs.policy import LoadedRun, PolicyInUse, digest_in_use, policy_in_use, require_in_use, write_policy
 from jaxrec.training.stopping import StopRequested, never
 
@@ -121,7 +128,10 @@ def run_simulated(
     }
     write_text(run.folder / SIMULATED_OUTCOME_FILE, json.dumps(record, indent=2) + "\n")
     checkpoint.remove()
-    plot_rl(records, run.folder / SIMULATED_PLOT_FILE)
+    if outcome.used:  # `write_policy` has made the picture
+        shutil.copyfile(run.folder / POLICY_FOLDER / POLICY_PLOT_FILE, run.folder / SIMULATED_PLOT_FILE)
+    else:
+        save_plot(policy_figure(records), run.folder / SIMULATED_PLOT_FILE)
     return outcome
 
 

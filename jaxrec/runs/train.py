@@ -237,7 +237,7 @@ def _finish(
     stop: StopRequested,
 ) -> None:
     """Makes the content heads and the mix of trained models, from all of the data, in one process."""
-    from jaxrec.evaluation.plots import plot_training
+    from jaxrec.evaluation.plots import save_plot, training_figure
 
     def stop_where_asked() -> None:
         if stop():
@@ -262,7 +262,7 @@ def _finish(
     content = {**dataclasses.asdict(mix), **shifts}
     write_text(run.folder / HYBRID_FILE, json.dumps(content, indent=2) + "\n")
     epochs = {"TimeRatingAwareLSTM": trained_lstm.epochs, "TimeRatingAwareContentModel": trained_content.epochs}
-    plot_training(epochs, run.folder / PLOT_FILE)
+    save_plot(training_figure(epochs), run.folder / PLOT_FILE)
 
 
 @noticing_loss()

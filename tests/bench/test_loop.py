@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +11,22 @@ import pytest
 from flax import nnx
 
 import jaxrec
-from bench.rl_loop import LoopConfig, Users, fitted_users, loop
+from bench.rl_loop import LoopConfig, Users, fitted_users, loop, with_reranker
+from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
+from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
+from jaxrec.files import sha256
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.rl.config import RewardWeights, ServedConfig
+from jaxrec.rl.config import LoggedConfig, RewardWeights, ServedConfig
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
+from jaxrec.rl.served.evaluate import LogEvaluation
 from jaxrec.rl.served.event_store import read_served_log
-from jaxrec.runs import export
+from jaxrec.rl.served.train import train_served
+from jaxrec.runs import export, rl_served
 from jaxrec.runs import policy as policy_files
-from jaxrec.runs.directory import POLICY_FOLDER, open_run
+from jaxrec.runs.directory import load_supervised, open_run
 from tests.rl.simulated.simulated import genre_lovers
+from tests.synthetic import random_log
 
 USERS, LIKED = 240, 12
 LEARNING = ServedConfig(
@@ -75,7 +82,7 @@ def test_what_is_learned_from_the_log_is_served_and_earns_more(
         assert not set(one.slate.tolist()) & set(one.history.items.tolist())
 
 
-def test_a_run_with_a_reranker_learns_from_its_own_log(
+def test_the_weights_of_a_reranker_are_learned_from_its_own_log_and_exported(
     new_run: Callable[[Path, Hybrid], Path],
     small_hybrid: Hybrid,
     with_random_reranker: Callable[[Hybrid, PreparedData], Hybrid],
@@ -83,17 +90,54 @@ def test_a_run_with_a_reranker_learns_from_its_own_log(
     small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
-    supervised = with_random_reranker(small_hybrid.with_policy(None), small_data)
+    """The gate is opened, since the slates are drawn anew in each run of the test and it may decide either way. There
+    is no trend, since a new store has events for it only in the second round."""
+    parts = small_hybrid.lstm, small_hybrid.content, small_hybrid.cooccurrence, small_hybrid.mix_weights()
+    supervised = with_random_reranker(Hybrid(*parts), small_data)
+
+    def let_pass(*arguments: Any) -> tuple[TrainedPolicy, LogEvaluation]:
+        trained, found = train_served(*arguments)
+        return trained._replace(outcome=dataclasses.replace(trained.outcome, used=True)), found
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (policy_files, export):
             patch.setattr(module, "load_supervised", lambda run, data: supervised)
+        patch.setattr(rl_served, "train_served", let_pass)
         run = new_run(tmp_path, supervised)
         jaxrec.export(run, tmp_path / "model")
         before, after = loop(run, tmp_path / "model", users, CONFIG, 0, tmp_path / "serving", learns=True)
-    # The slates are drawn anew in each run, so that the gate may decide either way; but they are of the policy in use.
-    assert "effective sample size" in before.decision
-    assert (after.version != before.version) == before.used
-    assert (run / POLICY_FOLDER).is_dir() == before.used
+    assert "effective sample size" in before.decision  # and not that no slate is of the policy in use
+    assert after.version != before.version
+    exported = policy_files.load_policy(open_run(run), supervised)
+    assert exported is not None
+    assert exported.policy is not None
+    for shift in (exported.policy.direct[...], exported.policy.by_context[...]):
+        assert np.abs(shift).max() > 0.1
+    assert not np.any(exported.policy.item_bias[...])  # the network is not trained
+
+
+def test_a_reranker_is_used_in_the_loop_though_its_gate_refused_it(tmp_path: Path) -> None:
+    """The log has no structure. Nothing happens when it is asked for again, nor to the run that it is made of."""
+
+    def digests(folder: Path) -> dict[Path, str]:
+        return {path: sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+    log = random_log(users=40, items=20, max_events=20, seed=5)
+    prepare(log, None, PrepareConfig(1, 1), out=tmp_path / "data")
+    small = ModelConfig(embedding=8, hidden=8, rating_width=2, time_width=2, max_length=16)
+    jaxrec.train(tmp_path / "data", tmp_path / "run", small, TrainConfig(max_epochs=1))
+    config = LoggedConfig(folds=2, fold_epochs=1, decisions=200, updates=20, samples=2)
+    supervised = digests(tmp_path / "run")
+    run, reason = with_reranker(tmp_path / "run", tmp_path / "reranked", config)
+    assert reason.startswith("what ranks now stays: ")
+    data = open_run(run).read_data()
+    assert load_supervised(open_run(run), data).reranker is not None
+    assert load_supervised(open_run(tmp_path / "run"), data).reranker is None
+    assert digests(tmp_path / "run") == supervised
+    made, times = digests(run), {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert with_reranker(tmp_path / "run", tmp_path / "reranked", config) == (run, reason)
+    assert digests(run) == made
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == times
 
 
 def test_control_never_learns(run: Path, model_directory: Path, users: Users, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ from bench.quality import LOGS, SPLITS, TIES, begun, prepared, settings
 from jaxrec.config import Ties
 from jaxrec.rl.logged.learn import MIX
 from jaxrec.runs.directory import RERANKER_OUTCOME_FILE
+from tests.synthetic import random_log
 
 MODELS = ("recent popularity", "hybrid", "stacked", "policy")
 USERS = np.repeat(np.arange(6), 2)
@@ -41,6 +43,27 @@ def test_a_log_without_times_keeps_the_order_of_its_file(tmp_path: Path) -> None
     assert (data.unit_ratings() < 0).all()
 
 
+@pytest.mark.parametrize("asked", [(("temporal",), TIES), (SPLITS, ("random",))])
+def test_a_log_without_any_setting_is_named(asked: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+    with pytest.raises(click.BadParameter, match="beauty has no times"):
+        settings(LOGS, *asked)
+
+
+def test_data_of_another_log_are_refused(tmp_path: Path) -> None:
+    """Also where it has the same name, and of a folder whichever of its files is another one."""
+    (tmp_path / "log").mkdir()
+    log = random_log(users=20, items=8, max_events=8, seed=0)
+    log.set_axis(["userId", "movieId", "rating", "timestamp"], axis=1).to_csv(tmp_path / "log/ratings.csv", index=False)
+    movies = tmp_path / "log/movies.csv"
+    movies.write_text("movieId,title,genres\n1,One (2001),Drama\n")
+    asked = tmp_path / "work/data", "ml-latest-small", tmp_path / "log", "leave-one-out", Ties.FILE
+    digest = prepared(*asked).digest
+    assert prepared(*asked).digest == digest
+    movies.write_text("movieId,title,genres\n1,One (2001),Comedy\n")
+    with pytest.raises(click.ClickException, match=r"data was made of another file than .*log; delete .*work"):
+        prepared(*asked)
+
+
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """What `measure` leaves of one seed in every setting of all logs: random ranks, and outcomes of the gate."""
@@ -59,7 +82,7 @@ def work(tmp_path: Path) -> Path:
         ranks = folder / "ranks-0.npz"
         begin(begun(ranks))
         arrays = {"popularity": np.arange(21), "users": USERS, "data": "0" * 64, "half_life_s": 1}
-        arrays["rating"] = rng.random(len(USERS))
+        arrays["rating"] = np.full(len(USERS), 0.5) if name == "beauty" else rng.random(len(USERS))
         for model, time in itertools.product(MODELS, (False,) if name == "beauty" else (False, True)):
             arrays[f"{model}|{time}|ranks"] = rng.integers(1, 21, len(USERS))
             arrays[f"{model}|{time}|top"] = rng.integers(1, 21, (len(USERS), 10))
@@ -77,3 +100,16 @@ def test_both_pages_are_made_of_one_work_folder(work: Path, page: ModuleType) ->
     rows = [line for line in text.splitlines() if line.startswith("| policy |")]
     assert len(rows) == 2 * len(sections) - 1  # with and without the request time, which beauty does not have
     assert "- not to be published: seeds: 1 of 5" in text
+
+
+def test_weights_by_rating_are_empty_without_ratings(work: Path) -> None:
+    logs = [f"{name}=nowhere/{name}" for name in ("ml-100k", "beauty")]
+    options = ["--work", str(work), "--seeds", "1", "--splits", "leave-one-out", "--ties", "file"]
+    CliRunner().invoke(rl_logged.main, [*options, *logs], catch_exceptions=False)
+    rated, without = (work / "rl_logged.md").read_text().split("\n## ")[1:]
+    for label, columns in (("| policy |", (6, 7)), ("| policy over the mix |", (3,))):
+        for text, empty in ((rated, False), (without, True)):
+            cells = next(line for line in text.splitlines() if line.startswith(label)).split("|")
+            assert [not cells[column].strip() for column in range(2, len(cells) - 1)] == [
+                empty and column in columns for column in range(2, len(cells) - 1)
+            ]

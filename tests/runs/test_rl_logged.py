@@ -63,7 +63,7 @@ def test_a_log_without_structure_gives_no_reranker_and_a_stopped_training_ends_t
         ("imitation and rewards", 20),
         ("permuted rewards", 20),
     ]
-    assert [point["reward_weight"] for point in written["frontier"]] == [0, 1, 10]
+    assert [point["reward_weight"] for point in written["frontier"]] == [0, 1]
     data = run.read_data()
     assert load_supervised(run, data).reranker is None
     evaluation = jaxrec.evaluate(run)
@@ -159,7 +159,10 @@ def test_a_refused_reranker_does_not_replace_the_one_in_use(
     assert sha256(run.folder / RERANKER_FILE) == digest
     assert json.loads((run.folder / "reranker.refused.json").read_text())["reason"] == outcome.reason
     assert (run.folder / "evaluation.json").is_file()  # still of what is in use
-    (run.folder / "reranker.refused.json").unlink()
+    assert (run.folder / "reranker.refused.png").is_file()
+    assert not (run.folder / "reranker.png").exists()  # that of what is in use, which was made up without one
+    for path in run.folder.glob("reranker.refused*"):
+        path.unlink()
 
 
 def test_a_policy_on_top_of_the_models_keeps_a_new_reranker_out(run: Run) -> None:

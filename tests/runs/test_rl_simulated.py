@@ -133,6 +133,7 @@ def test_what_passes_is_used_and_started_from_the_policy_in_use(passed: Path, of
     assert [step["step"] for step in read_json_lines(passed / "policy/steps.jsonl", "")] == [10, 20]
     assert sha256(passed / POLICY_PREVIOUS_FOLDER / "policy.npz") == sha256(of_log / POLICY_FOLDER / "policy.npz")
     assert not (passed / SIMULATOR_PARTIAL_FOLDER).exists()
+    assert sha256(passed / SIMULATED_PLOT_FILE) == sha256(passed / POLICY_FOLDER / "training.png")
     assert {path.name for path in passed.iterdir()} <= {"run.json", *POLICY_FILES}  # which new data removes
     # Adam moves no weight further than about the learning rate in an update.
     new = load_policy(open_run(passed), supervised)
@@ -222,6 +223,14 @@ def test_what_gains_nothing_is_refused_and_the_users_are_reported(run: Path, loa
     assert not (run / POLICY_PREVIOUS_FOLDER).exists()
     assert json.loads((run / SIMULATED_OUTCOME_FILE).read_text())["reason"] == found.reason
     assert (run / SIMULATED_PLOT_FILE).is_file()  # also of a training whose policy is refused
+
+
+def test_the_outcome_is_written_before_the_plot(run: Path, loaded: LoadedRun, ratings: Path) -> None:
+    (run / SIMULATED_PLOT_FILE).mkdir()
+    with pytest.raises(OSError, match=SIMULATED_PLOT_FILE):
+        run_simulated(loaded, ratings, dataclasses.replace(CONFIG, updates=1))
+    assert json.loads((run / SIMULATED_OUTCOME_FILE).read_text())["simulator"] == str(ratings)
+    assert not (run / SIMULATOR_PARTIAL_FOLDER).exists()
 
 
 def results(reward: float, ndcg_rank: np.ndarray, spread: float = 0.0) -> SimulatedResults:

@@ -32,7 +32,6 @@ from jaxrec.rl.states import by_batches
 from jaxrec.training.stopping import StopRequested, never
 
 MIX, IMITATION, RERANKED, PERMUTED = "mix", "imitation only", "imitation and rewards", "permuted rewards"
-BEYOND = 10  # times the weight of the rewards, for the last point of the frontier where no budget asks for more
 ROWS = 2048  # decisions whose rewards are computed at once
 
 
@@ -122,15 +121,12 @@ def learn_reranker(
     ]
     imitation = dataclasses.replace(config, reward_weight=0.0)
     weighted = {0.0: ranked(IMITATION, imitation)}
-    usual = config.reward_weight, BEYOND * config.reward_weight
-    for weight in usual if config.ndcg_budget is None else BUDGET_WEIGHTS:
+    for weight in (config.reward_weight,) if config.ndcg_budget is None else BUDGET_WEIGHTS:
         if weight:
             try:
                 weighted[weight] = ranked(RERANKED, dataclasses.replace(config, reward_weight=weight))
-            except TrainingError:
-                # What is only a point of the plot is left out.
-                if config.ndcg_budget is not None or weight == config.reward_weight:
-                    raise
+            except TrainingError as error:
+                raise TrainingError(f"with rewards of weight {weight:g}: {error}") from error
     frontier = [curve[-1] for _, curve in weighted.values()]
     if config.ndcg_budget is not None:
         floor = frontier[0].ndcg - config.ndcg_budget * float(weighted[0.0][0].ndcg.mean())

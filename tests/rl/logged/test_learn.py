@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrec.data.prepared import PreparedData
+from jaxrec.errors import TrainingError
 from jaxrec.rl.config import BUDGET_WEIGHTS, LoggedConfig, RewardWeights
 from jaxrec.rl.logged.learn import IMITATION, MIX, PERMUTED, RERANKED, Results, learn_reranker, outcome, results
 from tests.rl.logged.made_up import decisions
@@ -47,7 +48,7 @@ def test_a_feature_that_says_what_comes_next_is_used(small_data: PreparedData) -
     )
     assert [point.name for point in learned.curves] == [IMITATION, RERANKED, PERMUTED]
     assert learned.curves[1].ndcg == pytest.approx(found.differences["ndcg"]["mean"])
-    assert [point.reward_weight for point in learned.frontier] == [0.0, CONFIG.reward_weight, 10 * CONFIG.reward_weight]
+    assert [point.reward_weight for point in learned.frontier] == [0.0, CONFIG.reward_weight]
     assert learned.frontier[1] == learned.curves[1]
 
 
@@ -80,6 +81,16 @@ def test_a_budget_of_nothing_leaves_imitation_at_least(small_data: PreparedData)
     learned = learn_reranker(folds, decisions(small_data, range(18, 22), 1.0, each=4), small_data, config)
     assert learned.curves[1].ndcg >= learned.frontier[0].ndcg - 1e-9
     assert learned.reward_weight in (0.0, *BUDGET_WEIGHTS)
+
+
+def test_a_weight_of_the_rewards_that_is_too_large_is_named(small_data: PreparedData) -> None:
+    """Times the reward it is beyond float32, whose largest number is 3.4e38; alone it is not."""
+    folds = [decisions(small_data, users, strength=1.0, each=4) for users in (range(9), range(9, 18))]
+    log = decisions(small_data, range(18, 22), 1.0, each=4)
+    large = dataclasses.replace(CONFIG, updates=5, reward_weight=1e38)
+    assert [point.reward_weight for point in learn_reranker(folds, log, small_data, large).frontier] == [0.0, 1e38]
+    with pytest.raises(TrainingError, match=r"^with rewards of weight 1e\+38: .* is not finite at update"):
+        learn_reranker(folds, log, small_data, dataclasses.replace(large, rewards=RewardWeights(hit=1e3)))
 
 
 def test_a_policy_that_falls_on_validation_is_not_used() -> None:

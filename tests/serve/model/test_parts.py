@@ -148,7 +148,7 @@ def test_an_item_that_only_a_rule_made_a_candidate_has_parts(model: Recommender,
     history = [Event(model.own_catalog.item_ids[item], 4.0, START + item * DAY) for item in (4, 17, 29)]
     query = Query(history, ITEMS + 20, explain=True, live=model.live, allow_seen=True)
     (whole,) = model.recommend([query])
-    rules = Rules(tuple(Boost(Subject(item=item), 100.0) for item in whole.items.tolist()[::5]))
+    rules = Rules(tuple(Boost(Subject(item=item), 1e6) for item in whole.items.tolist()[5::5]))
     found = LoadedModel(model, store, Metrics()).recommend(query._replace(k=2, rules=rules))
     assert set(found.items.tolist()) & set(found.origins)
     check(model, kind, found, query._replace(rules=rules))
