@@ -12,7 +12,7 @@ from typing import TextIO
 
 
 class StartError(Exception):
-    """A server process did not say that it is serving; its error output tells why."""
+    """A server process did not say that it is serving; the message holds its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,11 @@ def running_server(
             ready, _, _ = select.select([process.stdout], [], [], timeout_s)
             line = process.stdout.readline().strip() if ready else ""
             if not line:
-                raise StartError(f"expected a line within {timeout_s:g} s, came none: {' '.join(command)}")
+                how = f"did not say so within {timeout_s:g} s"
+                if ready:
+                    how = f"ended with exit status {process.wait(timeout_s)} before it served"
+                log = "" if stderr is None else Path(stderr.name).read_text()
+                raise StartError(f"{' '.join(command)} {how}\n{log}")
             address = line.split(" on ", 1)[1].split(" ", 1)[0]
             yield ServerProcess(process, address, line)
         except BaseException:

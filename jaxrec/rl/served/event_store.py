@@ -155,8 +155,8 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     """The store as of one moment; DataError for what is none, or cannot be read."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            _require_store(connection, path)
             connection.execute("BEGIN")
+            _require_store(connection, path)
             yield connection
     except sqlite3.Error as error:
         raise DataError(

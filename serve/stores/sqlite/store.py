@@ -8,6 +8,7 @@ the end of the process and, as far as fsync keeps its word, of the power. Reads 
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ from serve.stores.sqlite.schema import (
 )
 
 LOCK_TIMEOUT_S = 5.0
+RETRY_S = 0.01
 LARGEST_GROUP = 256
 INSERTED_AT_ONCE = 100
 MOST_REVISIONS = 10_000
@@ -286,7 +288,7 @@ class SQLiteStore(SqlStore):
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._version(connection)
         # Also of a file that is up to date: a copy of a log comes without, as one file.
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        mode = _write_ahead(connection)
         if mode != "wal":
             raise StoreError(f"{self._path}: cannot be opened: expected journal mode wal, came {mode}")
         if (
@@ -310,9 +312,11 @@ class SQLiteStore(SqlStore):
 
     def _version(self, connection: sqlite3.Connection) -> int:
         """The version of the schema, 0 for an empty file; raises StoreError when it is no store's."""
-        (application_id,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        # In one query, of one moment: another process may be preparing the file.
+        application_id, version, tables = connection.execute(
+            "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)"
+            " FROM pragma_application_id, pragma_user_version"
+        ).fetchone()
         if application_id == APPLICATION_ID and 1 <= version <= SCHEMA_VERSION:
             return int(version)
         if tables or application_id or version:
@@ -328,6 +332,22 @@ class SQLiteStore(SqlStore):
             yield
         except sqlite3.Error as error:
             raise StoreError(f"{self._path}: {what}: {error}") from error
+
+
+def _write_ahead(connection: sqlite3.Connection) -> str:
+    """Turns write-ahead logging on; returns the journal mode. Raises sqlite3.Error.
+
+    Where two processes do so at once, SQLite refuses one of them without waiting for the other.
+    """
+    until = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            return str(mode)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+        time.sleep(RETRY_S)
 
 
 def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) -> list[UserEvent]:

@@ -162,6 +162,24 @@ def test_what_is_stored_comes_back_after_reopening(location: str) -> None:
         assert slates_of(store, "u") == [SLATE]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_open_a_new_store_at_once(kind: str, servers: dict[str, DatabaseServer], tmp_path: Path) -> None:
+    """As the processes of a server do; where this was wrong, one in twenty did not open."""
+    together = threading.Barrier(3)
+
+    def open_it(location: str) -> bool:
+        together.wait(DEADLINE_S)
+        with open_store(location) as store:
+            return store.history("u") == []
+
+    with ThreadPoolExecutor(together.parties) as threads:
+        for number in range(60 if kind == "sqlite" else 5):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            location = emptied(kind, servers, folder)
+            assert all(threads.map(open_it, [location] * together.parties))
+
+
 def test_the_longest_ids_fit_every_index(store: EventStore) -> None:
     """Four bytes of UTF-8 a character, drawn so that an index cannot compress them."""
     chance = random.Random(0)
