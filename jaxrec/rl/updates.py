@@ -5,7 +5,7 @@ request are the same for all.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -130,17 +130,30 @@ def means(records: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([record[name] for record in records])) for name in records[0] if name != "step"}
 
 
-def policy_optimizer(learning_rate: float, updates: int, kept: Collection[str] = ()) -> optax.GradientTransformation:
-    """Adam for both parts of PolicyParams; the head's variables whose names are in `kept` stay as they are.
+def policy_optimizer(
+    learning_rate: float, updates: int, trained: Mapping[str, jax.Array] | None = None
+) -> optax.GradientTransformation:
+    """Adam for both parts of PolicyParams.
 
     The head's rate warms up to `learning_rate`, then follows a cosine down to 0 after `updates`. The critic, whose
     error adds no bias, learns faster.
+
+    Args:
+        learning_rate: The head's highest rate.
+        updates: How many there will be.
+        trained: Of the head's variables that are trained the elements that are, as bool of their shapes; other
+            variables and elements stay as they are. None: all are trained.
     """
     warmup = max(1, int(WARMUP_FRACTION * updates))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(updates, warmup + 1))
     transforms = {"head": optax.adam(schedule), "critic": optax.adam(CRITIC_LEARNING_RATE), "kept": optax.set_to_zero()}
 
     def labels(params: PolicyParams) -> PolicyParams:
-        return PolicyParams({name: "kept" if name in kept else "head" for name in params.head}, "critic")
+        is_kept = {name: trained is not None and name not in trained for name in params.head}
+        return PolicyParams({name: "kept" if is_kept[name] else "head" for name in params.head}, "critic")
 
-    return optax.multi_transform(transforms, labels)
+    def masked(found: PolicyParams, _: Any) -> PolicyParams:
+        elements = {name: jnp.where(where, found.head[name], 0.0) for name, where in (trained or {}).items()}
+        return found._replace(head={**found.head, **elements})
+
+    return optax.chain(optax.multi_transform(transforms, labels), optax.stateless(masked))

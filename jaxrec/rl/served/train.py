@@ -23,6 +23,8 @@ from flax import nnx
 
 from jaxrec.errors import DataError
 from jaxrec.models.hybrid import PolicyHead
+from jaxrec.models.masks import NEVER
+from jaxrec.models.reranker import Reranked, RerankerWeights
 from jaxrec.rl.config import ServedConfig
 from jaxrec.rl.constraints import floor_penalty, slate_coverage
 from jaxrec.rl.losses.clipped_surrogate import clipped_surrogate_loss
@@ -32,7 +34,7 @@ from jaxrec.rl.losses.policy_gradient import baseline_loss
 from jaxrec.rl.outcome import PolicyOutcome, TrainedPolicy
 from jaxrec.rl.policy import kl_divergence
 from jaxrec.rl.rewards import slot_discounts, total_reward
-from jaxrec.rl.scoring import OF_RERANKER, PolicyParams, Scoring, zero_critic
+from jaxrec.rl.scoring import PolicyParams, Scoring, zero_critic
 from jaxrec.rl.served.evaluate import LogEvaluation, evaluate_on_log
 from jaxrec.rl.served.policy import slot_logprobs, state_logits, tempered
 from jaxrec.rl.served.states import ServedStates
@@ -40,6 +42,7 @@ from jaxrec.rl.updates import Learner, Loss, make_updates, new_learner, policy_o
 from jaxrec.training.stopping import StopRequested, never
 
 TRAIN_SHARE = 0.5  # of the log's users; the others evaluate
+LEAST_VARIATION = 0.1  # of what a reranker's weight multiplies, for the weight to be trained
 UPDATES_PER_CHUNK = 50  # between two checks whether to stop
 
 
@@ -68,13 +71,21 @@ def split_users(users: np.ndarray, names: Sequence[str], own: np.ndarray) -> tup
     return training, evaluation
 
 
-def not_trained(head: Any) -> set[str]:
-    """The variables of PolicyHead (`head`) that stay as they are.
+def trained_weights(reranked: Reranked) -> dict[str, jax.Array]:
+    """Which weights of the reranker a log can teach, as bool in the shapes of `RerankerWeights`, by their names.
 
-    Where the run uses a reranker, the shift of its weights is trained alone: it is small and sees the request, so that
-    it gains more from a log of few users than the shifts of the query and of the items, or than all together.
+    A weight is one where what it multiplies varies by LEAST_VARIATION or more among the candidates of the log
+    [rows, candidates], in standard deviations of the log that the reranker was learned from. Of another one the log,
+    and so the gate, does not show what it does, but it would act once its feature varies: Adam's steps do not depend on
+    how small a gradient is.
     """
-    return set(head).difference(OF_RERANKER) if set(OF_RERANKER) <= set(head) else set()
+    where = jnp.asarray(reranked.mix)[..., None] > NEVER / 2
+    squares = jnp.square(jnp.asarray(reranked.features).astype(jnp.float32))
+    # Features are centred within a request.
+    features = jnp.sqrt(jnp.sum(jnp.where(where, squares, 0.0), axis=(0, 1)) / jnp.maximum(jnp.sum(where), 1))
+    context = jnp.std(jnp.asarray(reranked.context), axis=0)
+    every = RerankerWeights(features, context[:, None] * features)
+    return {name: variation >= LEAST_VARIATION for name, variation in every._asdict().items()}
 
 
 def train_served(
@@ -94,7 +105,11 @@ def train_served(
     device = jax.devices()[0]
     current = jax.device_put(jax.tree.map(jnp.asarray, current), device)
     training, evaluation = jax.device_put(states.at(rows[0]), device), states.at(rows[1])
-    optimizer = policy_optimizer(config.learning_rate, config.updates, not_trained(current))
+    reranked = training.state.reranked
+    # The shift of a reranker's weights is trained alone: it is small and sees the request, so that it gains more from
+    # a log of few users than the shifts of the query and of the items, or than all together.
+    trained = None if reranked is None else trained_weights(reranked)
+    optimizer = policy_optimizer(config.learning_rate, config.updates, trained)
     critic = zero_critic(states.state.query.shape[1], states.slate.shape[1])
     learner = new_learner(PolicyParams(current, critic), optimizer)
     updates = make_updates(

@@ -10,9 +10,9 @@ import pytest
 from jaxrec.data.prepared import PreparedData
 from jaxrec.errors import TrainingStopped
 from jaxrec.models.masks import NEVER
-from jaxrec.models.reranker import FEATURES
+from jaxrec.models.reranker import CONTEXT, FEATURES
 from jaxrec.rl.config import PL_RANK, REINFORCE, LoggedConfig
-from jaxrec.rl.logged.fit import fit_reranker, measured_scales, reranked_scores, reward_loss
+from jaxrec.rl.logged.fit import SCALE_OF_NOTHING, fit_reranker, measured_scales, reranked_scores, reward_loss
 from jaxrec.rl.rewards import rank_discounts
 from tests.rl.logged.made_up import decisions
 
@@ -27,6 +27,22 @@ def test_imitation_finds_the_feature_that_the_next_item_follows(small_data: Prep
     assert max(map(abs, weights.values())) < 0.25
     assert len(fitted.path) == 2  # after 100 and after 150 updates
     np.testing.assert_array_equal(fitted.path[-1].direct, fitted.weights.direct)
+
+
+def test_what_barely_varies_is_nothing_also_later(small_data: PreparedData) -> None:
+    """A feature and a context of noise: no weight is learned of them, and large ones change no score."""
+    log, rng = decisions(small_data, range(4), strength=1.0), np.random.default_rng(0)
+    features, context = np.array(log.features), np.array(log.context)
+    at, of_request = FEATURES.index("trend"), CONTEXT.index("log_gap")
+    features[..., at] = 1e-4 * rng.normal(size=features.shape[:-1])
+    context[:, of_request] = 5 + 1e-4 * rng.normal(size=len(context))
+    log = log._replace(features=features, context=context)
+    fitted = fit_reranker(log, np.zeros(log.mix.shape, np.float32), LoggedConfig(updates=50, reward_weight=0.0))
+    assert fitted.scales.features[at] == fitted.scales.context[of_request] == SCALE_OF_NOTHING
+    features[..., at] *= 1e4
+    context[:, of_request] = -5
+    later = reranked_scores(fitted, log._replace(features=features, context=context))
+    np.testing.assert_allclose(later, reranked_scores(fitted, log), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_no_candidate_changes_nothing(small_data: PreparedData) -> None:

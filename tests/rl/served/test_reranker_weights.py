@@ -1,5 +1,6 @@
 """A server's log moves the reranker's weights: the gradient by hand, and what a log with and without structure does."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,9 @@ CONFIG = ServedConfig(
     rewards=RewardWeights(hit=1.0, genre=0.0, rating=0.0),
     minimum_effective=20.0,
 )
+
+
+Vary = Callable[[Reranked], Reranked]
 
 
 class World(NamedTuple):
@@ -116,10 +120,12 @@ def drawn_log(world: World, strength: float, users: int = 800, items: int = 20, 
     return states._replace(log_propensities=propensities, terms=states.terms._replace(hit=hit))
 
 
-def trained(strength: float) -> TrainedPolicy:
+def trained(strength: float, vary: Vary = lambda reranked: reranked) -> TrainedPolicy:
     """From one half of the users, evaluated on the other."""
     world = new_world(items=20)
     log = drawn_log(world, strength)
+    assert log.state.reranked is not None
+    log = log._replace(state=log.state._replace(reranked=vary(log.state.reranked)))
     rows = np.arange(len(log.user))
     halves = rows[::2], rows[1::2]
     return train_served(world.graphdef, world.head, world.scoring, log, halves, CONFIG)[0]
@@ -141,3 +147,21 @@ def test_a_log_without_structure_is_refused() -> None:
     found = trained(strength=0.0)
     assert not found.outcome.used
     assert np.abs(found.head["by_context"]).max() > 0
+
+
+def test_weights_of_what_the_log_barely_varies_stay() -> None:
+    """A hundredth of the deviation that each has where the reranker was learned: a feature, and a context."""
+    still, calm = FEATURES.index("trend"), CONTEXT.index("timed")
+
+    def vary(reranked: Reranked) -> Reranked:
+        features, context = np.array(reranked.features), np.array(reranked.context)
+        features[..., still] *= 0.01
+        context[:, calm] = 3 + 0.01 * context[:, calm]  # far from the mean, but always there
+        return reranked._replace(features=features, context=context)
+
+    head = trained(2.0, vary).head
+    assert head["direct"][still] == 0
+    assert not head["by_context"][:, still].any()
+    assert not head["by_context"][calm].any()
+    assert np.delete(head["direct"], still).all()
+    assert np.delete(np.delete(head["by_context"], calm, axis=0), still, axis=1).all()
