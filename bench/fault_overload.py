@@ -3,20 +3,25 @@
 python -m bench.fault_overload MODEL --seconds 60
 
 h2load asks for stored users. Capacity is what the server answers when `--callers` callers each wait for their answer;
-then new calls come at five times that rate whether answered or not. How many were answered, the server's metrics say;
-all others were turned away, by the server or by nginx. How long an accepted call takes, a client that checks each
-answer measures beside it.
+then new calls come at five times that rate whether answered or not. How many ended with which status, the server's
+metrics say; the calls that they lack were ended before the server, by nginx. How long an accepted call takes, a client
+that checks each answer measures beside it; its calls are not counted.
 """
 
 import contextlib
+import itertools
+import math
 import re
 import subprocess
 import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import grpc
@@ -39,21 +44,31 @@ METHOD = "/jaxrec.v1.Recommender/Recommend"
 RECOVERED_S = 2.0
 
 
+class Call(NamedTuple):
+    """When it ended and how long it took, in seconds, and its status."""
+
+    ended: float
+    seconds: float
+    code: str
+
+
 @dataclass
 class Probed:
-    """What a careful client saw, one call after the other: when each ended, in seconds, and how."""
+    """What a careful client saw, one call after the other."""
 
-    ended: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    codes: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    def of(self, start: float, end: float) -> list[Call]:
+        """Those that ended in a time."""
+        return [call for call in self.calls if start <= call.ended < end]
+
+    def count(self, start: float, end: float) -> Counter[str]:
+        """How many calls of a time ended with each status."""
+        return Counter(call.code for call in self.of(start, end))
 
     def p99_ms(self, start: float, end: float) -> float:
         """Of the calls that were answered in a time."""
-        took = [
-            took
-            for at, took, code in zip(self.ended, self.seconds, self.codes, strict=True)
-            if start <= at < end and code == "OK"
-        ]
+        took = [call.seconds for call in self.of(start, end) if call.code == "OK"]
         return float(np.percentile(took, 99)) * 1e3 if took else float("nan")
 
 
@@ -64,11 +79,17 @@ class Overloaded:
     capacity: float
     capacity_p99: float
     offered: float
+    """What h2load was to begin; calls beyond those that a connection may have under way wait in it."""
+    ended: float
     goodput: float
-    turned_away: float
+    others: dict[str, float]
+    """Calls with each other status."""
+    before_server: float
+    """Calls that did not reach the server."""
     accepted_p99: float
     recovery_s: float
     codes: set[str]
+    """Statuses that the client beside it saw."""
 
 
 def overload(
@@ -92,7 +113,7 @@ def overload(
             before, start = _answered(metrics), time.monotonic()
             _load(url, body, closed, min(seconds, 10.0))
             end = time.monotonic()
-            capacity = _rate(before, _answered(metrics), "OK", end - start)
+            capacity = _rates(before, _answered(metrics), probed.count(start, end), end - start)["OK"]
             capacity_p99 = probed.p99_ms(start, end)
             rate = round(FACTOR * capacity / connections)
             before, start = _answered(metrics), time.monotonic()
@@ -103,17 +124,19 @@ def overload(
         finally:
             stop.set()
             probe.join()
-        goodput = _rate(before, after, "OK", end - start)
-        offered = done / (end - start)
+        others = _rates(before, after, probed.count(start, end), end - start)
+        goodput, ended = others.pop("OK", 0.0), done / (end - start)
         return Overloaded(
             capacity=capacity,
             capacity_p99=capacity_p99,
-            offered=offered,
+            offered=rate * connections,
+            ended=ended,
             goodput=goodput,
-            turned_away=offered - goodput,
+            others=others,
+            before_server=max(0.0, ended - goodput - sum(others.values())),
             accepted_p99=probed.p99_ms(start, end),
             recovery_s=recovery_s,
-            codes=set(probed.codes),
+            codes={call.code for call in probed.calls},
         )
 
 
@@ -154,14 +177,18 @@ def _answered(metrics: str) -> dict[str, float]:
     return counts
 
 
-def _rate(before: dict[str, float], after: dict[str, float], code: str, seconds: float) -> float:
-    return (after.get(code, 0) - before.get(code, 0)) / seconds
+def _rates(
+    before: dict[str, float], after: dict[str, float], own: Mapping[str, int], seconds: float
+) -> dict[str, float]:
+    """Calls per second with each status between two counts, without one's own calls."""
+    counts = {code: count - before.get(code, 0) - own.get(code, 0) for code, count in after.items()}
+    return {code: count / seconds for code, count in counts.items() if count > 0}
 
 
 def _probe(address: str, stop: threading.Event, probed: Probed) -> None:
     with grpc.insecure_channel(address) as channel:
         stub = RecommenderStub(channel)
-        for user in iter(lambda: len(probed.ended) % USERS, -1):
+        for user in itertools.cycle(range(USERS)):
             start = time.monotonic()
             code = "OK"
             try:
@@ -170,9 +197,8 @@ def _probe(address: str, stop: threading.Event, probed: Probed) -> None:
                     code = "WRONG"
             except grpc.RpcError as error:
                 code = error.code().name
-            probed.seconds.append(time.monotonic() - start)
-            probed.codes.append(code)
-            probed.ended.append(time.monotonic())
+            ended = time.monotonic()
+            probed.calls.append(Call(ended, ended - start, code))
             if stop.wait(PROBE_EVERY_S):
                 return
 
@@ -182,10 +208,10 @@ def _recovery_s(probed: Probed, end: float, good_ms: float) -> float:
     deadline = end + 10 * RECOVERED_S
     while time.monotonic() < deadline:
         time.sleep(0.1)
-        since = [at for at, ended in enumerate(probed.ended[: len(probed.codes)]) if ended >= end]
+        since = probed.of(end, math.inf)
         for first in range(len(since) - 9):
-            if all(probed.codes[at] == "OK" and probed.seconds[at] * 1e3 <= good_ms for at in since[first:][:10]):
-                return probed.ended[since[first]] - end
+            if all(call.code == "OK" and call.seconds * 1e3 <= good_ms for call in since[first:][:10]):
+                return since[first].ended - end
     return float("inf")
 
 
@@ -200,13 +226,14 @@ def main(model: Path, seconds: float, callers: int, connections: int, fast: bool
     require_h2load()
     with tempfile.TemporaryDirectory() as folder:
         found = overload(model, seconds, callers, connections, Path(folder), fast=fast)
+    others = "".join(f" {rate:.0f}/s {code}," for code, rate in sorted(found.others.items()))
     click.echo(
         f"capacity {found.capacity:.0f}/s with {callers} callers on {connections} connections, p99"
         f" {found.capacity_p99:.0f} ms; offered"
-        f" {found.offered:.0f}/s for {seconds:g} s: {found.goodput:.0f}/s answered"
-        f" ({found.goodput / found.capacity:.0%}), {found.turned_away:.0f}/s turned away, p99 of the answered"
-        f" {found.accepted_p99:.0f} ms ({found.accepted_p99 / found.capacity_p99:.1f} times); recovered after"
-        f" {found.recovery_s:.2f} s; statuses seen: {', '.join(sorted(found.codes))}"
+        f" {found.offered:.0f}/s for {seconds:g} s, {found.ended:.0f}/s ended: {found.goodput:.0f}/s answered"
+        f" ({found.goodput / found.capacity:.0%}),{others} {found.before_server:.0f}/s ended before the server,"
+        f" p99 of the answered {found.accepted_p99:.0f} ms ({found.accepted_p99 / found.capacity_p99:.1f} times);"
+        f" recovered after {found.recovery_s:.2f} s; statuses seen: {', '.join(sorted(found.codes))}"
     )
 
 
