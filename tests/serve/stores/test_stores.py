@@ -239,6 +239,26 @@ def test_revisions_of_several_users_are_those_of_each(store: EventStore) -> None
     assert store.revisions_at_once(users) in (store.revisions(users), None)
 
 
+def test_revisions_at_once_are_never_old(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever store writes, and however many users were asked for before."""
+    monkeypatch.setattr("serve.stores.sqlite.store.MOST_REVISIONS", 2)
+    users = [f"u{number}" for number in range(4)]
+    with open_store(location) as store, open_store(location) as other:
+
+        def check(of: Sequence[str]) -> None:
+            assert store.revisions_at_once(of) in ({user: store.revision(user) for user in of}, None)
+
+        for number, writer in enumerate([store, other, store, other]):
+            for user in users:
+                writer.record([user_event(f"{number} {user}", user_id=user)])
+                check([user])
+            check(users)
+            writer.delete_user(users[number])
+            check(users)
+            check([users[number]])
+        assert isinstance(store, SQLiteStore) == (store.revisions_at_once(users) is not None)
+
+
 def test_changes_since_a_revision(store: EventStore) -> None:
     assert store.changes("u") == Changes(0, [], complete=True)
     assert store.changes("u", 7) == Changes(0, [], complete=True)
