@@ -45,7 +45,8 @@ def learn(places: Places, config: LearnConfig = LearnConfig(), stop: StopRequest
     Stages: the new events are exported from the store and appended to the data. A policy is learned from the slates
     that the server showed, unless the last published round was such a one; its own gate decides (`jaxrec rl served`).
     If that is refused, a copy of the serving run is trained on the grown data, and accepted if it is not worse on new
-    held-out events (`jaxrec.runs.learn.gate`). What is accepted is exported and published as the next version, then tracked.
+    held-out events (`jaxrec.runs.learn.gate`). What is accepted is exported, published as the next version,
+    and then tracked.
 
     Args:
         places: Where everything is. An empty folder of models gets the export of `run` first.
