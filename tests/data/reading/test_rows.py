@@ -182,6 +182,21 @@ def test_stray_quotes_in_names_lose_no_row(
     assert accounted(path, folder / "data") == ([event(number) for number in range(len(texts))], [])
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(stray | st.sampled_from(['"Heroes', 'live"']), st.booleans()), min_size=1, max_size=10))
+def test_no_row_with_a_stray_quote_gets_the_time_of_a_broken_line(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, bool]]
+) -> None:
+    """A broken line has a delimiter too many. Each line is an event of its own, or set aside."""
+    folder = tmp_path_factory.mktemp("broken")
+    rows = [row(number, f"Low,{text}" if broken else text) for number, (text, broken) in enumerate(texts)]
+    rows += [row(number) for number in range(len(rows), len(rows) + 3)]
+    events, aside = accounted(write(folder / "log.csv", rows), folder / "data")
+    numbers = [number for number in range(len(rows)) if number + 2 not in aside]
+    assert events == [event(number) for number in numbers]
+    assert not any(broken and number in numbers for number, (_, broken) in enumerate(texts))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(names, min_size=2, max_size=8), st.sampled_from(["", "{", "[1]", "null", '{"user": ']))
 def test_json_lines_are_accounted_for(tmp_path_factory: pytest.TempPathFactory, texts: list[str], broken: str) -> None:
