@@ -84,7 +84,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the command is to be given again
 @click.option("--licence", type=EXISTING_FILE, help="Text about the data's licence, kept with each model.")
 @click.option("--int8", is_flag=True, help="As of `jaxrec export`.")
 @click.option("--index", type=click.Choice(list(INDEX)), default="auto", help="As of `jaxrec export`.")
-@mlflow_option("Track each training, and keep the models that are exported,")
+@mlflow_option("Track each training, and keep the models that are published,")
 def learn(
     store: str,
     data: Path,

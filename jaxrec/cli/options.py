@@ -22,7 +22,8 @@ SEED_HELP = "Seed of everything random: the same seed on the same machine gives 
 def mlflow_option(what: str) -> Callable[[Command], Command]:
     """The option --mlflow of a command that does `what` with MLflow, such as "Track the run"."""
     places = "an http:// URI of its server, sqlite:///FILE or a database"
-    return click.option("--mlflow", metavar="URI", help=f"{what} with MLflow: {places}. Needs jaxrec[mlflow].")
+    text = f"{what} with MLflow: {places}. Needs jaxrec[mlflow].  [env: JAXREC_MLFLOW]"
+    return click.option("--mlflow", metavar="URI", envvar="JAXREC_MLFLOW", help=text)
 
 
 def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

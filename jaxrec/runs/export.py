@@ -78,7 +78,7 @@ def export(
     )
     if tracker is not None:
         tracker.begin(run, "FINISHED")
-        tracker.log_model(Path(out), manifest["metrics"])
+        tracker.log_model(Path(out), manifest)
     return manifest
 
 

@@ -34,6 +34,7 @@ from jaxrec.training.stopping import StopRequested
 
 EXPERIMENT = "jaxrec"
 MODEL_PATH, DATA_NAME = "model", "model_directory"
+RUN_NAME, VERSION_TAG = "mlflow.runName", "jaxrec.model_version"  # tags; the first is MLflow's own
 SENT_AT_ONCE = 500  # values; MLflow takes 1000
 MOST_WAITING = 100_000  # values
 SEND_S, SEND_AGAIN_S = 5.0, 300.0
@@ -57,12 +58,7 @@ class Tracker:
         Raises:
             TrackingError: MLflow is not installed, the URI is none, or the server does not answer.
         """
-        if find_spec("mlflow") is None:
-            raise TrackingError('tracking needs mlflow, which is not installed: pip install "jaxrec[mlflow]"')
-        shown = _without_secrets(uri)
-        if shown is None:
-            raise TrackingError(EXPECTED)
-        self._uri, self._name = uri, shown
+        self._uri, self._name = uri, check(uri)
         self._run_id = ""
         self._last: dict[str, int] = {}
         self._waiting: deque[tuple[str, float, int, int]] = deque()
@@ -98,8 +94,13 @@ class Tracker:
                 self._last[name] = max(one.step for one in self._client.get_metric_history(self._run_id, name))
         return True
 
-    def begin(self, run: Run, status: str = "RUNNING") -> None:
-        """Finds the run of MLflow for `run`, or makes one for each version of its data, which gets the `status`.
+    def begin(self, run: Run, status: str = "RUNNING", tags: Mapping[str, str] = {}) -> None:
+        """Finds the run of MLflow for `run`, or makes one for each version of its data.
+
+        Args:
+            run: What is tracked.
+            status: Of a run that is made.
+            tags: Likewise; its name is that of the folder, unless they have the tag `mlflow.runName`.
 
         Raises:
             TrackingError: As `find`.
@@ -107,7 +108,8 @@ class Tracker:
         if self._run_id or self.find(run):
             return
         with self._refusing():
-            self._run_id = self._client.create_run(self._experiment, run_name=run.folder.name).info.run_id
+            named = {RUN_NAME: run.folder.name, **tags}
+            self._run_id = self._client.create_run(self._experiment, tags=named).info.run_id
             for name, value in _parameters(run).items():
                 self._client.log_param(self._run_id, name, value)
             self._client.update_run(self._run_id, status=status)
@@ -140,12 +142,12 @@ class Tracker:
         if status != "RUNNING" and (lost or not known):
             self._say(f"does not have {lost} values of this run" + ("" if known else f", nor that it is {status}"))
 
-    def log_model(self, directory: Path, metrics: Mapping[str, Any]) -> None:
+    def log_model(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         """Keeps an exported model directory as the artifact `model`, which `mlflow.pyfunc.load_model` reads.
 
         Args:
             directory: By `jaxrec export`. It replaces the one that MLflow has of this run.
-            metrics: Those of its manifest; the means of the rows are kept, too.
+            manifest: Its own; its version is kept as the tag `jaxrec.model_version`, and the means of its metrics.
 
         Raises:
             TrackingError: The server does not take it.
@@ -158,7 +160,8 @@ class Tracker:
                 place = self._client.get_run(self._run_id).info.artifact_uri
                 get_artifact_repository(place, tracking_uri=self._uri).delete_artifacts(MODEL_PATH)
             self._client.log_artifacts(self._run_id, str(Path(folder) / MODEL_PATH), MODEL_PATH)
-            for name, value in _test_metrics(metrics).items():
+            self._client.set_tag(self._run_id, VERSION_TAG, manifest["model_version"])
+            for name, value in _test_metrics(manifest["metrics"]).items():
                 self._client.log_metric(self._run_id, name, value)
 
     def _send(self) -> None:
@@ -212,6 +215,16 @@ class Tracker:
             raise TrackingError(f"MLflow at {self._name}: {self._reason(error)}") from error
 
 
+def check(uri: str) -> str:
+    """What messages call the place at a URI. Raises TrackingError where MLflow is not installed, or the URI is none."""
+    if find_spec("mlflow") is None:
+        raise TrackingError('tracking needs mlflow, which is not installed: pip install "jaxrec[mlflow]"')
+    shown = _without_secrets(uri)
+    if shown is None:
+        raise TrackingError(EXPECTED)
+    return shown
+
+
 def connect(uri: str | None) -> Tracker | None:
     """The tracker of the first process; None in the others, and where there is no URI.
 
@@ -223,7 +236,7 @@ def connect(uri: str | None) -> Tracker | None:
     return found[0] if found else None
 
 
-def begin(uri: str | None, tracker: Tracker | None, run: Run) -> None:
+def begin(uri: str | None, tracker: Tracker | None, run: Run, tags: Mapping[str, str]) -> None:
     """`Tracker.begin` in the first process, while the others wait for its end; nothing where there is no URI.
 
     Raises as `connect`.
@@ -231,7 +244,7 @@ def begin(uri: str | None, tracker: Tracker | None, run: Run) -> None:
 
     def in_mlflow(asked: StopRequested) -> None:
         if tracker is not None:
-            tracker.begin(run)
+            tracker.begin(run, tags=tags)
 
     if uri is not None:
         in_first(in_mlflow)

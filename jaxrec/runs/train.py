@@ -84,6 +84,7 @@ def train(
     item_shards: int = 1,
     stop: StopRequested = never,
     mlflow: str | None = None,
+    mlflow_tags: Mapping[str, str] = {},
 ) -> Run:
     """Trains both sequence models on prepared data and tunes their mix; the run directory `out` holds the result.
 
@@ -101,6 +102,7 @@ def train(
         stop: Asked between steps; training is saved and ends once it is true.
         mlflow: URI of MLflow's tracking server or store, which gets the configuration and what TensorBoard gets. A run
             that is resumed goes on in the same run of MLflow. None: the run is not tracked.
+        mlflow_tags: Tags of a new run of MLflow. Its name is that of `out`, unless they have `mlflow.runName`.
 
     Returns:
         The run.
@@ -118,7 +120,7 @@ def train(
     if out is None:
         if resume:
             raise ValueError("resume needs the folder of the run (`out`)")
-        return _train_in_temporary_folder(data, model_config, train_config, item_shards, stop, mlflow)
+        return _train_in_temporary_folder(data, model_config, train_config, item_shards, stop, mlflow, mlflow_tags)
     out, mesh = Path(out), data_mesh(item_shards=item_shards)
     tracker = connect(mlflow)
     if resume:
@@ -128,7 +130,7 @@ def train(
             raise DataError(f"{out} was trained on {run.data_folder}, not on {_name(data)} (to change that: --data)")
         run.require_data()
         share = _open_share(run.data_folder)
-        begin(mlflow, tracker, run)
+        begin(mlflow, tracker, run, mlflow_tags)
     elif (out / RUN_FILE).exists():
         raise DataError(f"{out} already holds a run; resume it (--resume) or choose another folder")
     elif data is None:
@@ -143,7 +145,7 @@ def train(
             if is_first():
                 print(found)
         run = _new_run(out, data_folder, share.catalog, model_config, train_config)
-        begin(mlflow, tracker, run)
+        begin(mlflow, tracker, run, mlflow_tags)
         wait_for_all("no process writes a run where another one still looks for it")
         _write_run(run)
     if is_first() and not (resume and (out / HYBRID_FILE).exists()):  # a run with a mix is finished: its weights stay
@@ -160,9 +162,15 @@ def _train_in_temporary_folder(
     item_shards: int,
     stop: StopRequested,
     mlflow: str | None,
+    mlflow_tags: Mapping[str, str],
 ) -> Run:
     scratch = _Scratch()
-    options: dict[str, Any] = {"item_shards": item_shards, "stop": stop, "mlflow": mlflow}
+    options: dict[str, Any] = {
+        "item_shards": item_shards,
+        "stop": stop,
+        "mlflow": mlflow,
+        "mlflow_tags": mlflow_tags,
+    }
     try:
         run = train(data, scratch.folder / "run", model_config, train_config, **options)
     except TrainingStopped:

@@ -157,6 +157,22 @@ def test_what_is_no_uri_is_refused_and_not_shown(wrong: str, data: Path, tmp_pat
     assert ended.output == f"Error: {EXPECTED}\n"
 
 
+@pytest.mark.parametrize("command", ["train", "export", "learn"])
+def test_the_uri_may_come_from_the_environment(
+    command: str, data: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXREC_MLFLOW", "http://[x")
+    (tmp_path / "events.sqlite").touch()
+    models = ("--models", str(tmp_path / "models"))
+    arguments = {
+        "train": (str(data), "--out", str(tmp_path / "new")),
+        "export": (str(run.folder), "--out", str(tmp_path / "new")),
+        "learn": ("--store", str(tmp_path / "events.sqlite"), "--run", str(run.folder), "--data", str(data), *models),
+    }
+    ended = CliRunner().invoke(main, [command, *arguments[command]])
+    assert (ended.exit_code, ended.output) == (1, f"Error: {EXPECTED}\n")
+
+
 def test_a_database_that_does_not_answer_is_asked_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes").write_text("no database\n" * 100)
     with pytest.raises(TrackingError, match="file is not a database"):
@@ -281,8 +297,9 @@ def test_a_second_export_takes_the_place_of_the_first_and_names_what_it_needs(ru
         (tmp_path / name / name).write_text("a model directory")
         tracker = Tracker(uri_of(run))
         tracker.begin(run, "FINISHED")
-        tracker.log_model(tmp_path / name, {})
+        tracker.log_model(tmp_path / name, {"model_version": name, "metrics": {}})
     assert status(client, run.folder) == "FINISHED"
+    assert client.get_run(tracked_id(run.folder)).data.tags["jaxrec.model_version"] == "second"
     kept = client.list_artifacts(tracked_id(run.folder), f"model/data/{DATA_NAME}")
     assert [Path(one.path).name for one in kept] == ["second"]
     needs = Path(client.download_artifacts(tracked_id(run.folder), "model/requirements.txt", str(tmp_path)))

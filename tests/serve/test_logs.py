@@ -47,11 +47,13 @@ def test_a_log_that_nobody_reads_holds_up_no_call_and_says_what_was_dropped() ->
     logger = logging.Logger("test")
     logger.addHandler(handler)
     before = REQUEST_ID.set("mine")
-    logger.warning("line %d", 0)
-    assert stream.is_written.wait(PATIENCE_S)
-    for number in range(1, 6):
-        logger.warning("line %d", number)
-    REQUEST_ID.reset(before)
+    try:
+        logger.warning("line %d", 0)
+        assert stream.is_written.wait(PATIENCE_S)
+        for number in range(1, 6):
+            logger.warning("line %d", number)
+    finally:
+        REQUEST_ID.reset(before)
     stream.is_read.set()
     handler.finish(PATIENCE_S)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,17 @@ import numpy as np
 
 from jaxrec.data.reading.bad_rows import BadRow
 from jaxrec.data.reading.connection import quoted
-from jaxrec.data.reading.dialect import Dialect, Scan, scan, transcode
+from jaxrec.data.reading.dialect import Dialect, Scan, scan, split_line, transcode
 from jaxrec.data.reading.lines import BLOCK, Block, blocks, lines_at
-from jaxrec.data.schema import ITEM, TIME, USER
+from jaxrec.data.schema import ITEM, RATING, TIME, USER
 
+AMBIGUOUS = (
+    "ambiguous: lines {first} to {last} may be one row with a quoted field, or line {first} is a row with a stray quote"
+)
 NO_FIELD = (dict, list, bool)  # JSON that is neither an id, nor a number or time
 LONGEST_ROW = 1000  # lines that a row may span
 MOST_TRIES = 20  # lines with quotes in which a quoted field does not end before it is given up
+NEAR = 50  # lines around a row that show how its fields are written
 LONGEST_LINE = 2_000_000  # bytes: the longest line that DuckDB reads by default
 
 
@@ -139,7 +144,8 @@ def repair(table: TextTable, copy: Path, report: Callable[[BadRow], object]) -> 
     """Writes the whole rows of a file to `copy`, one in each line, after the header.
 
     A quote opens a field if it closes, in this line or in one of the next, and makes a whole row; a quote for which
-    this does not hold is a character like any other. Of rows with quotes only the table's columns are kept.
+    this does not hold is a character like any other. Where the one may be as true as the other, all lines in question
+    are reported. Of rows with quotes only the table's columns are kept.
 
     Args:
         table: The file.
@@ -210,6 +216,7 @@ class _Rows:
         self._dialect = table.dialect
         self._blocks = blocks(table.path)
         self._block = Block(b"", 0)
+        self._near: tuple[tuple[int, int], set[tuple[str, int]]] = (-1, -1), set()
 
     def rows(self) -> Iterator[_Row]:
         """What the lines after the header are."""
@@ -267,8 +274,10 @@ class _Rows:
         if not reason and any(not self._is_text(fields[position]) for position in self._table.columns.values()):
             reason = "not UTF-8 text; another encoding can be given: --encoding"
         if reason:
-            self.bad(none.line, reason)
-            return none
+            for n in range(taken):
+                if self._block.line(at + n).strip(b" "):
+                    self.bad(none.line + n, reason)
+            return none._replace(lines=taken)
         # Of escapes in JSON, DuckDB does not read all that Python reads.
         plain = b"\\u" not in line if self._dialect.delimiter is None else not (self._dialect.quoting and b'"' in line)
         if taken == 1 and self._is_text(text) and plain:
@@ -287,6 +296,9 @@ class _Rows:
         except csv.Error as error:
             reason = f"not CSV: {error}"
             fields, taken = self._over_lines(at, text) if "end of data" in reason else ([], 1)
+            if fields and self._is_ambiguous(at, fields, taken):
+                first = self._block.before + at + 1
+                return [], AMBIGUOUS.format(first=first, last=first + taken - 1), taken
             if fields := fields or self._escaped(text):
                 return fields, "", taken
         except ValueError as error:
@@ -341,6 +353,37 @@ class _Rows:
             break
         return [], 1
 
+    def _is_ambiguous(self, at: int, joined: Sequence[str], lines: int) -> bool:
+        """Whether `lines` of a log that make one row may as well be several, the first of them with a stray quote.
+
+        They may where the first line is a row by itself that says something else, and its time (or else its rating)
+        has the form that rows around it have: 2001 of `u1,i1,"May, 2001` is no time among seconds since 1970. Where it
+        says the same, they may if one of the next lines, which is no whole row, has such a time in its place.
+        """
+        columns, delimiter = self._table.columns, self._dialect.delimiter or ","
+        texts = [self._block.line(at + n).decode("utf-8", "surrogateescape") for n in range(lines)]
+        first = self._escaped(texts[0]) or (texts[0].split(delimiter) if self._is_row(texts[0]) else [])
+        if TIME not in columns or not first:
+            return False
+        differ = {role for role, position in columns.items() if first[position] != joined[position]}
+        judged = next((role for role in (TIME, RATING) if role in differ), TIME)
+        if differ and judged not in differ:
+            return True
+        place = columns[judged]
+        forms = self._forms_near(at, place) | {_form(joined[place])}
+        suspects = [first] if differ else [text.split(delimiter) for text in texts[1:]]
+        return any(place < len(fields) and _form(fields[place]) in forms for fields in suspects)
+
+    def _forms_near(self, at: int, place: int) -> set[tuple[str, int]]:
+        """How a field is written in the whole rows around a line; looked up once for some lines together."""
+        key = ((self._block.before + at) // NEAR, place)
+        if self._near[0] != key:
+            near = range(max(0, at - NEAR), min(len(self._block), at + 2 * NEAR))
+            lines = (self._block.line(n).decode("utf-8", "surrogateescape") for n in near)
+            rows = (split_line(line, self._dialect.delimiter or ",") for line in lines)
+            self._near = key, {_form(row[place]) for row in rows if self._is_whole(row)}
+        return self._near[1]
+
     def _is_row(self, text: str) -> bool:
         """Whether a line is a whole row if quotes are characters like others."""
         fields = text.split(self._dialect.delimiter)
@@ -358,3 +401,14 @@ class _Rows:
 
     def _width(self, fields: Sequence[object]) -> str:
         return f"{len(fields)} fields, expected {self._dialect.width}"
+
+
+def _form(text: str) -> tuple[str, int]:
+    """What times or ratings have in common that are written alike: all but the digits, and how many come first.
+
+    Examples:
+        >>> _form(" 2024-05-01T10:00:00.25")
+        ('0-0-0T0:0:0.0', 4)
+    """
+    digits = re.findall(r"[0-9]+", text)
+    return re.sub(r"[0-9]+", "0", text.strip()), len(digits[0]) if digits else 0

@@ -42,7 +42,7 @@ class LearnConfig:
         movies, features: Titles, genres and features of new items, for `jaxrec.data.append.append`.
         licence: Text about the data's licence, kept with each model; None: there is none.
         int8, index: As of `jaxrec.runs.export.export`.
-        mlflow: URI of MLflow's tracking server or store, for trainings and exported models; None: neither is tracked.
+        mlflow: URI of MLflow's tracking server or store, for trainings and published models; None: neither is tracked.
     """
 
     after: int = 0

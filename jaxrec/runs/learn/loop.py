@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import locked
+from jaxrec.runs import tracking
 from jaxrec.runs.directory import DATA_FOLDER, open_run
 from jaxrec.runs.learn import stages
 from jaxrec.runs.learn.config import LearnConfig, Places
@@ -44,7 +45,8 @@ def learn(places: Places, config: LearnConfig = LearnConfig(), stop: StopRequest
     Stages: the new events are exported from the store and appended to the data. A policy is learned from the slates
     that the server showed, unless the last published round was such a one; its own gate decides (`jaxrec rl served`).
     If that is refused, a copy of the serving run is trained on the grown data, and accepted if it is not worse on new
-    held-out events (`jaxrec.runs.learn.gate`). What is accepted is exported and published as the next version.
+    held-out events (`jaxrec.runs.learn.gate`). What is accepted is exported, published as the next version,
+    and then tracked.
 
     Args:
         places: Where everything is. An empty folder of models gets the export of `run` first.
@@ -57,13 +59,15 @@ def learn(places: Places, config: LearnConfig = LearnConfig(), stop: StopRequest
     Raises:
         DataError: Something cannot be read or used, does not belong together, or another process is at work.
         ExportError: The run that the loop begins with cannot be exported.
-        TrackingError: MLflow does not answer; the round can be resumed, also without it.
+        TrackingError: MLflow is not installed, or its URI is none. If it fails later, the round goes on without it.
         TrainingStopped: `stop()` became true.
     """
     with locked(places.work, "learn", 0o700), locked(places.models, "learn"):
         try:
             for left in places.work.glob(f".{STATE_FILE}.*"):
                 left.unlink()
+            if config.mlflow is not None:
+                tracking.check(config.mlflow)
             state = read_state(places.work) or begin(places, config)
             check(places, config, state)
             _clean(places, state)
@@ -112,7 +116,7 @@ def _round(places: Places, config: LearnConfig, state: State, stop: StopRequeste
         state = dataclasses.replace(state, data=str((folder / DATA_FOLDER).resolve()))
         if accepted:
             state = dataclasses.replace(state, **learned, published_data=state.data)
-    finished = dataclasses.replace(under_way.round, published=accepted, reason="; ".join(reasons))
+    finished = dataclasses.replace(under_way.round, published=accepted, reason="; ".join(filter(None, reasons)))
     state = dataclasses.replace(state, revision=events["revision"], round=None, history=(*state.history, finished))
     bad = grown["input"].get("bad_rows", 0)
     new = f"{events['events']} new events" + (f" ({bad} set aside)" if bad else "")
@@ -138,6 +142,7 @@ def _learned(
     if not accepted:
         candidate = folder / stages.RUN_FOLDER
         trained = under_way.stage("train", lambda: stages.train_stage(serving, folder, config, stop), run=state.run)
+        reasons.append(trained.get("untracked", ""))
         if not trained["trained"]:
             return False, [*reasons, trained["reason"]], {}
         published = Path(state.published_data)
@@ -159,6 +164,10 @@ def _learned(
         return False, [*reasons, exported["reason"]], {}
     version = exported["model_version"]
     placed = under_way.stage("publish", lambda: stages.publish_stage(folder, places.models), model_version=version)
+    if (uri := config.mlflow) is not None:
+        model, tags = places.models / placed["folder"], stages.tags_of(folder, changed)
+        tracked = under_way.stage("track", lambda: stages.track_stage(uri, candidate, model, tags), run=str(candidate))
+        reasons.append(tracked["reason"])
     learned = {
         "run": str(candidate.resolve()),
         "changed": changed,

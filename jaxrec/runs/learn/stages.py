@@ -5,9 +5,13 @@ A stage writes its folders and files wholly or not at all, under the round's fol
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from jaxrec.config import from_json
 from jaxrec.data.append import KnownEvents, append
@@ -20,6 +24,7 @@ from jaxrec.files import new_directory, read_json, sha256
 from jaxrec.rl.config import LoggedConfig, ServedConfig
 from jaxrec.runs.directory import (
     DATA_FOLDER,
+    MLFLOW_FILE,
     RERANKER_OUTCOME_FILE,
     RERANKER_PARTIAL_FOLDER,
     RUN_FILE,
@@ -29,10 +34,12 @@ from jaxrec.runs.directory import (
 from jaxrec.runs.export import NO_LICENCE, export
 from jaxrec.runs.learn.config import LearnConfig
 from jaxrec.runs.learn.gate import compare
-from jaxrec.runs.learn.versions import publish
+from jaxrec.runs.learn.state import MODELS
+from jaxrec.runs.learn.versions import manifest, publish
 from jaxrec.runs.policy import LoadedRun, load_served
 from jaxrec.runs.rl_logged import run_logged
 from jaxrec.runs.rl_served import run_served
+from jaxrec.runs.tracking import RUN_NAME, Tracker
 from jaxrec.runs.train import extend_run, train
 from jaxrec.training.stopping import StopRequested
 from serve.event_log.export import COLUMNS, export_events
@@ -132,9 +139,10 @@ def train_stage(run: Path, folder: Path, config: LearnConfig, stop: StopRequeste
     """Trains a copy of the serving run on the grown data, from where the copy stands, and then its reranker, if the
     serving run was given one (`jaxrec rl logged`), with the same configuration.
 
+    If MLflow does not answer before training begins, it is not tracked, and the result says why.
+
     Raises:
         DataError: The data does not extend that of the run.
-        TrackingError: MLflow does not answer before training begins.
         TrainingStopped: `stop()` became true.
     """
     candidate, data = folder / RUN_FOLDER, folder / DATA_FOLDER
@@ -142,13 +150,17 @@ def train_stage(run: Path, folder: Path, config: LearnConfig, stop: StopRequeste
         _copy_run(run, candidate)
     changes = {name: value for name in ("max_epochs", "patience") if (value := getattr(config, name)) is not None}
     extend_run(candidate, data, changes)
+    untracked = ""
     try:
-        trained = train(None, candidate, resume=True, stop=stop, mlflow=config.mlflow)
-    except TrackingError:
-        raise  # of MLflow, not of the model
+        try:
+            tags = tags_of(folder, MODELS)
+            trained = train(None, candidate, resume=True, stop=stop, mlflow=config.mlflow, mlflow_tags=tags)
+        except TrackingError as error:
+            untracked = _warning(f"the training is not tracked: {error}")
+            trained = train(None, candidate, resume=True, stop=stop)
     except TrainingError as error:
-        return {"trained": False, "reason": f"refused: {error}"}
-    result = {"trained": True, "from": str(run), "data_sha256": trained.data_digest}
+        return {"trained": False, "reason": f"refused: {error}", "untracked": untracked}
+    result = {"trained": True, "from": str(run), "data_sha256": trained.data_digest, "untracked": untracked}
     learned = run / RERANKER_OUTCOME_FILE
     if learned.is_file() and not (candidate / RERANKER_OUTCOME_FILE).is_file():
         of_serving = from_json(LoggedConfig, read_json(learned, "run `jaxrec rl logged` again")["configuration"])
@@ -171,11 +183,9 @@ def export_stage(run: Path, folder: Path, config: LearnConfig) -> Result:
 
     Raises:
         DataError: The run cannot be read.
-        TrackingError: MLflow does not answer, or does not take the model.
     """
     try:
-        licence = config.licence or NO_LICENCE
-        made = export(run, folder / MODEL_FOLDER, licence, config.int8, config.index, config.mlflow)
+        made = export(run, folder / MODEL_FOLDER, config.licence or NO_LICENCE, config.int8, config.index)
     except ExportError as error:
         return {"exported": False, "reason": f"refused: {error}"}
     return {"exported": True, "model_version": made["model_version"], "policy": made["policy"]}
@@ -186,12 +196,50 @@ def publish_stage(folder: Path, models: Path) -> Result:
     return {"folder": publish(folder / MODEL_FOLDER, models)}
 
 
+def track_stage(uri: str, run: Path, model: Path, tags: Mapping[str, str] | None) -> Result:
+    """Adds a published model to its run of MLflow. That MLflow does not take it is a result, and no error: it serves.
+
+    Args:
+        uri: Of MLflow.
+        run: The run that was exported.
+        model: The version in the folder of models.
+        tags: Of a new run of MLflow, if `run` has none. None: then it is not tracked, and its folder stays as it is.
+    """
+    try:
+        tracker, opened = Tracker(uri), open_run(run)
+        if tags is not None:
+            tracker.begin(opened, "FINISHED", tags)
+        elif not tracker.find(opened):
+            return {"tracked": False, "reason": ""}
+        tracker.log_model(model, manifest(model))
+    except TrackingError as error:
+        return {"tracked": False, "reason": _warning(f"version {model.name} is not tracked: {error}")}
+    return {"tracked": True, "reason": ""}
+
+
+def tags_of(folder: Path, kind: str) -> dict[str, str]:
+    """What tells the runs of MLflow apart: the round, what it changed (MODELS or POLICY), and when.
+
+    Args:
+        folder: Of the round.
+        kind: What the run is.
+    """
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    name = f"round {folder.name}, {kind}, {now}"
+    return {RUN_NAME: name, "jaxrec.round": folder.name, "jaxrec.kind": kind, "jaxrec.time": now}
+
+
+def _warning(text: str) -> str:
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+    return text
+
+
 def _copy_run(run: Path, out: Path) -> None:
-    """A copy of a run, without the data that it may hold: the copy refers to the same data."""
+    """A copy of a run, without the data that it may hold, to which the copy refers, and with no run of MLflow yet."""
     open_run(run)
 
-    def without_data(folder: str, names: list[str]) -> list[str]:
-        return [DATA_FOLDER] if Path(folder) == run and DATA_FOLDER in names else []
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in (DATA_FOLDER, MLFLOW_FILE) if Path(folder) == run and name in names]
 
     with new_directory(out, RUN_FILE) as new:
-        shutil.copytree(run, new, ignore=without_data, dirs_exist_ok=True)
+        shutil.copytree(run, new, ignore=left_out, dirs_exist_ok=True)

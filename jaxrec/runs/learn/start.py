@@ -37,6 +37,8 @@ def begin(places: Places, config: LearnConfig) -> State:
         if not exported["exported"]:
             raise ExportError(exported["reason"])
         published = (stages.publish_stage(places.work / ROUNDS_FOLDER / "0", places.models)["folder"],)
+        if config.mlflow is not None:
+            stages.track_stage(config.mlflow, places.run, places.models / published[0], None)
     folder, version = newest(places.models)
     _require_export(places, places.models / folder)
     state = State(

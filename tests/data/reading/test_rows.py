@@ -16,6 +16,7 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.lines import BLOCK, blocks, lines_at
 from jaxrec.data.reading.read import read_ratings
+from jaxrec.data.reading.text_file import AMBIGUOUS
 from jaxrec.errors import DataError
 
 HEADER = "user,item,name,time"
@@ -58,6 +59,37 @@ SITUATIONS = {
         [row(0), row(1, '"Heroes'), row(2), row(3, 'Blue 12"'), row(4)],
         [0, 1, 2, 3, 4],
         [],
+    ),
+    # Two rows, the second one broken, or one row whose name has a line break: another time, or a row less.
+    "a stray quote that a later broken line closes": (
+        [row(0), row(1, '"Heroes'), 'u9,i9,Low, live",1500000009', row(4)],
+        [0, 4],
+        [3, 4],
+    ),
+    "a stray quote that a broken line closes after an empty one": (
+        [row(0), row(1, '"Heroes'), "", 'u9,i9,Low, live",1500000009', row(5)],
+        [0, 5],
+        [3, 5],
+    ),
+    "a stray quote after backslashes that a later broken line closes": (
+        [row(0), row(1, '"best, the \\""'), 'Low, live",1500000009', row(4)],
+        [0, 4],
+        [3, 4],
+    ),
+    "a stray quote, and a whole row before the line that closes it": (
+        [row(0), row(1, '"Heroes'), row(2), 'u9,i9,Low, live",1500000009', row(4)],
+        [0, 1, 2, 4],
+        [5],
+    ),
+    "a line break after what is no time of the log": (
+        [row(0), 'u1,i1,"May, 2001', f'rest",{event(1)[2]}', row(3)],
+        [0, 1, 3],
+        [],
+    ),
+    "a line break after what could be a time of the log": (
+        [row(0), 'u1,i1,"May, 1500000005', 'rest",1500000001', row(4)],
+        [0, 4],
+        [3, 4],
     ),
     "a quote that never closes": ([row(0), row(1, '"Heroes'), row(2)], [0, 1, 2], []),
     "inches within a name": ([row(0, 'Blue 12" disc'), row(1)], [0, 1], []),
@@ -109,7 +141,8 @@ def test_lines_that_end_in_returns_alone_or_in_several_ways(tmp_path: Path) -> N
 
 
 words = st.text(st.sampled_from(['"', "'", "\n", "\r", "\0", "a", "é", "日", " ", "1", "\\"]), max_size=6)
-# With more delimiters a line of such a name could be a row by itself, which is never taken for a part of a name.
+# With more delimiters a line of such a name could be a row by itself, which is never taken for a part of a name. Its
+# first line can be one here, too, but with a time of six digits at most, while those of the rows have ten.
 names = st.builds(lambda *parts: "".join(parts), words, st.sampled_from(["", ",", ";", "\t", "|"]), words)
 ends = st.sampled_from(["\n", "\r\n"])
 
@@ -149,6 +182,21 @@ def test_stray_quotes_in_names_lose_no_row(
     assert accounted(path, folder / "data") == ([event(number) for number in range(len(texts))], [])
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(stray | st.sampled_from(['"Heroes', 'live"']), st.booleans()), min_size=1, max_size=10))
+def test_no_row_with_a_stray_quote_gets_the_time_of_a_broken_line(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, bool]]
+) -> None:
+    """A broken line has a delimiter too many. Each line is an event of its own, or set aside."""
+    folder = tmp_path_factory.mktemp("broken")
+    rows = [row(number, f"Low,{text}" if broken else text) for number, (text, broken) in enumerate(texts)]
+    rows += [row(number) for number in range(len(rows), len(rows) + 3)]
+    events, aside = accounted(write(folder / "log.csv", rows), folder / "data")
+    numbers = [number for number in range(len(rows)) if number + 2 not in aside]
+    assert events == [event(number) for number in numbers]
+    assert not any(broken and number in numbers for number, (_, broken) in enumerate(texts))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(names, min_size=2, max_size=8), st.sampled_from(["", "{", "[1]", "null", '{"user": ']))
 def test_json_lines_are_accounted_for(tmp_path_factory: pytest.TempPathFactory, texts: list[str], broken: str) -> None:
@@ -162,6 +210,42 @@ def test_json_lines_are_accounted_for(tmp_path_factory: pytest.TempPathFactory, 
     events, lines = accounted(path, folder / "data")
     assert events == [event(number) for number in range(len(texts))]
     assert lines == ([len(texts) + 1] if broken else [])
+
+
+# The header, the lines after a good row, and the lines in quarantine; an event of the first line is u1,i1.
+OTHER_LAYOUTS = {
+    "names come last: the row that would be lost has a time": (
+        "user,item,time,name",
+        ['u1,i1,1500000001,"Heroes', 'u9,i9,1500000009,Low, live"'],
+        [3, 4],
+    ),
+    "names come last: a text over lines": ("user,item,time,name", ['u1,i1,1500000001,"two, 2, 3', 'of, it, all"'], []),
+    "another rating": ("user,item,time,name,rating", ['u1,i1,1500000001,"Heroes,4.5', 'u9, live",3.0'], [3, 4]),
+    "what is no rating": ("user,item,time,name,rating", ['u1,i1,1500000001,"May, 2001', 'live",3.0'], []),
+    "another item": ("user,time,name,item", ['u1,1500000001,"Heroes,i9', 'Low, live",i1'], [3, 4]),
+    "dates": ("user,item,name,time", ['u1,i1,"Heroes,2017-05-01', 'u9,i9,Low, live",2017-05-02'], [3, 4]),
+    "dates, and a year": ("user,item,name,time", ['u1,i1,"May, 2001', 'live",2017-05-02'], []),
+}
+GOOD = {"user": "u0", "item": "i0", "name": "plain", "rating": "4.0"}
+
+
+@pytest.mark.parametrize("case", OTHER_LAYOUTS)
+def test_a_quote_that_may_or_may_not_go_on_is_set_aside_in_every_layout(tmp_path: Path, case: str) -> None:
+    header, lines, aside = OTHER_LAYOUTS[case]
+    time = "2017-05-01" if case.startswith("dates") else "1500000000"
+    good = [",".join({**GOOD, "item": item, "time": time}[name] for name in header.split(",")) for item in ("i0", "i2")]
+    path = write(tmp_path / "log.csv", [good[0], *lines, good[1]], header=header)
+    data = prepare(path, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
+    found = []
+    if aside:
+        quarantine = pd.read_csv(tmp_path / "data/quarantine.csv")
+        found = quarantine["line"].tolist()
+        assert quarantine["text"].tolist() == lines
+        assert set(quarantine["reason"]) == {AMBIGUOUS.format(first=3, last=4)}
+    assert found == aside
+    assert data.log is not None
+    users = data.log.users.raw_ids[data.log.events.users()].tolist()
+    assert sorted(users) == (["u0", "u0"] if aside else ["u0", "u0", "u1"])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "frame"])

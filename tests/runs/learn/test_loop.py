@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from jaxrec.runs.learn import stages
 from jaxrec.runs.learn.loop import learn
 from jaxrec.runs.learn.metrics import metrics_text
 from jaxrec.runs.learn.state import State, read_state, write_state
+from jaxrec.runs.tracking import Tracker
 from jaxrec.training.log import read_epochs
 from serve.client import RecommenderClient
 from serve.client import UserEvent as Recorded
@@ -107,19 +109,79 @@ def test_the_training_of_a_round_is_tracked_with_the_model_that_came_of_it(undis
     assert [one.path for one in client.list_artifacts(run_id)] == ["model"]
 
 
-def test_a_round_that_mlflow_does_not_answer_is_resumed_without_it(
-    undisturbed: Played, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_runs_of_mlflow_say_what_they_are_of(undisturbed: Played) -> None:
+    client, run = mlflow_client(undisturbed.mlflow), Path(undisturbed.state.run)
+    found = client.get_run(json.loads((run / MLFLOW_FILE).read_text("utf-8"))["run_id"])
+    tags = {name: value for name, value in found.data.tags.items() if name.startswith("jaxrec.")}
+    began = tags.pop("jaxrec.time")
+    assert datetime.fromisoformat(began).tzinfo is not None
+    assert found.info.run_name == f"round 1, models, {began}"
+    version = undisturbed.state.model_version
+    assert tags == {"jaxrec.round": "1", "jaxrec.kind": "models", "jaxrec.model_version": version}
+
+
+def test_a_round_that_mlflow_does_not_answer_is_published_and_says_so(
+    undisturbed: Played, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loop = new_loop(base, tmp_path / "loop")
     loop.record(events_of_round(1))
     (tmp_path / "no store").mkdir()
-    with pytest.raises(TrackingError, match="MLflow at sqlite"):
-        learn(loop.places, dataclasses.replace(CONFIG, mlflow=f"sqlite:///{tmp_path / 'no store'}"))
-    state = read_state(loop.places.work)
-    assert state is not None
-    assert state.error.startswith("MLflow at sqlite")
-    monkeypatch.setattr(stages, "append_stage", None)  # it is done
-    assert outcome(loop, learn(loop.places, CONFIG)) == outcome(*undisturbed)
+    state = learn(loop.places, dataclasses.replace(CONFIG, mlflow=f"sqlite:///{tmp_path / 'no store'}"))
+    lines = capsys.readouterr().err.splitlines()
+    training, model = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+    assert training.startswith("the training is not tracked: MLflow at sqlite")
+    assert model.startswith("version 2 is not tracked: MLflow at sqlite")
+    expected = outcome(*undisturbed)
+    assert outcome(loop, state) == {**expected, "reason": f"{training}; {expected['reason']}; {model}"}
+    assert state.error == ""
+
+
+@pytest.mark.parametrize("store", ["new", "damaged"])
+def test_a_store_of_mlflow_that_is_another_one_is_a_result_of_the_stage(
+    store: str, undisturbed: Played, new_store: Path, tmp_path: Path
+) -> None:
+    loop, state, _ = undisturbed
+    path = tmp_path / "mlflow.db"
+    if store == "new":
+        shutil.copy(new_store, path)
+    else:
+        path.write_text("no database\n" * 100)
+    model = loop.places.models / state.folder
+    result = stages.track_stage(f"sqlite:///{path}", Path(state.run), model, {})
+    assert not result["tracked"]
+    assert result["reason"].startswith(f"version 2 is not tracked: MLflow at sqlite:///{path}: ")
+    assert ("not found" if store == "new" else "file is not a database") in result["reason"]
+
+
+def test_the_first_model_is_added_to_the_run_of_mlflow_if_there_is_one(
+    base: Path, tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that the loop begins with stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(new_store, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config, client = dataclasses.replace(CONFIG, mlflow=uri), mlflow_client(uri)
+    for name in ("untracked", "tracked"):
+        loop, run = new_loop(base, tmp_path / name), tmp_path / name / "run"
+        shutil.rmtree(loop.places.models)
+        shutil.copytree(base / "run", run)
+        if name == "tracked":
+            Tracker(uri).begin(open_run(run), "FINISHED")
+        before = {path: sha256(path) for path in run.rglob("*") if path.is_file()}
+        state = learn(dataclasses.replace(loop.places, run=run), config)
+        assert (state.folder, state.said) == ("1", "nothing to do: 0 new events since revision 0")
+        assert {path: sha256(path) for path in run.rglob("*") if path.is_file()} == before
+    [experiment] = [one for one in client.search_experiments() if one.name == "jaxrec"]
+    [found] = client.search_runs([experiment.experiment_id])
+    assert found.data.tags["jaxrec.model_version"] == state.model_version
+    assert [one.path for one in client.list_artifacts(found.info.run_id)] == ["model"]
+
+
+def test_a_uri_that_is_none_ends_the_command_before_the_round(base: Path, tmp_path: Path) -> None:
+    loop = new_loop(base, tmp_path / "loop")
+    with pytest.raises(TrackingError, match="expected the URI of MLflow"):
+        learn(loop.places, dataclasses.replace(CONFIG, mlflow="http://[x"))
+    assert read_state(loop.places.work) is None
 
 
 def test_a_round_that_is_interrupted_at_every_stage_comes_to_the_same(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxrec.onnx.ann_index import index_points
+from serve.client import RecommenderClient
 from serve.model.directory import Artifact, read_artifact
 from serve.model.events import Event
 from serve.model.graphs import CPU, CUDA, SEQUENCE_OUTPUTS, searches_index
@@ -23,6 +24,7 @@ from serve.model.ranking.search import Search, best_of
 from serve.model.recommender import Query, Recommender
 from serve.settings import SearchBy
 from tests.serve.model.rankings import LARGE, assert_same, histories, index_of
+from tests.serve.process import StartError, running_server
 
 ITEMS = 60
 
@@ -275,6 +277,29 @@ def rewritten(directory: Path, tmp_path: Path, name: str, content: bytes) -> Pat
     manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return copy
+
+
+def test_a_server_without_faiss_says_what_to_install_and_serves_the_whole_product(
+    indexed_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "faiss.py").write_text("raise ModuleNotFoundError(\"No module named 'faiss'\", name='faiss')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hidden), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    with (
+        open(tmp_path / "log", "w") as log,
+        pytest.raises(StartError) as refused,
+        running_server(indexed_directory, tmp_path / "store", provider="cpu", stderr=log),
+    ):
+        pass
+    [line] = [line for line in str(refused.value).splitlines() if line.startswith("Error: ")]
+    expected = """needs faiss (pip install "jaxrec[index]"), or --search exact: No module named 'faiss'"""
+    assert line == f"Error: {indexed_directory / 'items.faiss'}: {expected}"
+    with (
+        running_server(indexed_directory, tmp_path / "store", provider="cpu", options=("--search", "exact")) as server,
+        RecommenderClient(server.address, timeout_s=60.0) as client,
+    ):
+        assert len(client.recommend(user_id="new", k=5).recommendations) == 5
 
 
 def test_a_file_that_is_no_index_is_refused(indexed_directory: Path, tmp_path: Path) -> None:
