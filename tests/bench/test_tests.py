@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.tests import Measured, seconds_of_tests, tables
+from bench.tests import Covered, Measured, packages, seconds_of_tests, table_of_coverage, tables
 
 REPORT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites name="pytest tests"><testsuite name="pytest" errors="0" failures="0" skipped="1" tests="3" time="12.1">
@@ -28,6 +28,18 @@ def test_the_slowest_test_is_first(report: Path) -> None:
 
 
 def test_the_tables_hold_the_run_and_its_slowest_tests(report: Path) -> None:
-    lines = tables({"now (abc)": Measured(12.1, 20.4, 1800.0, seconds_of_tests(report))})
+    lines = tables({"now": Measured("abc", 12.1, 20.4, 1800.0, seconds_of_tests(report))})
     assert lines[2] == "| now (abc) | 3 | 12 | 20 | 1,800 |"
     assert lines[8] == "| 11.3 | `tests.test_b::test_slow[1]` |"
+
+
+def test_coverage_is_that_of_each_package() -> None:
+    names = ("num_statements", "covered_lines", "num_branches", "covered_branches")
+    files = {"jaxrec/a.py": (10, 9, 4, 1), "jaxrec/b/c.py": (10, 10, 0, 0), "serve/d.py": (8, 2, 2, 2)}
+    report = {"files": {file: {"summary": dict(zip(names, counts, strict=True))} for file, counts in files.items()}}
+    found = packages(report)
+    assert found == {"jaxrec": Covered(20, 19, 4, 1), "serve": Covered(8, 2, 2, 2)}
+    assert table_of_coverage(found)[-2:] == [
+        "| jaxrec | 20 | 95.0% | 4 | 25.0% |",
+        "| serve | 8 | 25.0% | 2 | 100.0% |",
+    ]
