@@ -51,9 +51,7 @@ def running_server(
             ready, _, _ = select.select([process.stdout], [], [], timeout_s)
             line = process.stdout.readline().strip() if ready else ""
             if not line:
-                how = f"did not say so within {timeout_s:g} s"
-                if ready:
-                    how = f"ended with exit status {process.wait(timeout_s)} before it served"
+                how = f"printed no address within {timeout_s:g} s (exit status {process.poll()})"
                 log = "" if stderr is None else Path(stderr.name).read_text()
                 raise StartError(f"{' '.join(command)} {how}\n{log}")
             address = line.split(" on ", 1)[1].split(" ", 1)[0]

@@ -8,7 +8,9 @@ several kinds), `repair` writes a copy that holds the whole rows, one in each li
 import csv
 import dataclasses
 import io
+import itertools
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,17 +21,19 @@ import numpy as np
 
 from jaxrec.data.reading.bad_rows import BadRow
 from jaxrec.data.reading.connection import quoted
-from jaxrec.data.reading.dialect import Dialect, Scan, scan, split_line, transcode
+from jaxrec.data.reading.dialect import Dialect, Scan, scan, transcode
 from jaxrec.data.reading.lines import BLOCK, Block, blocks, lines_at
 from jaxrec.data.schema import ITEM, RATING, TIME, USER
 
 AMBIGUOUS = (
-    "ambiguous: lines {first} to {last} may be one row with a quoted field, or line {first} is a row with a stray quote"
+    "ambiguous: lines {first} to {last} may be one row with a quoted field, or line {first} has a stray quote; write a"
+    ' quote within a field as "", in quotes'
 )
 NO_FIELD = (dict, list, bool)  # JSON that is neither an id, nor a number or time
 LONGEST_ROW = 1000  # lines that a row may span
 MOST_TRIES = 20  # lines with quotes in which a quoted field does not end before it is given up
-NEAR = 50  # lines around a row that show how its fields are written
+NEAR = 50  # lines around a row that show what its fields look like
+DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}")
 LONGEST_LINE = 2_000_000  # bytes: the longest line that DuckDB reads by default
 
 
@@ -216,7 +220,7 @@ class _Rows:
         self._dialect = table.dialect
         self._blocks = blocks(table.path)
         self._block = Block(b"", 0)
-        self._near: tuple[tuple[int, int], set[tuple[str, int]]] = (-1, -1), set()
+        self._near: dict[tuple[int, int], _Column] = {}
 
     def rows(self) -> Iterator[_Row]:
         """What the lines after the header are."""
@@ -325,7 +329,7 @@ class _Rows:
     def _over_lines(self, at: int, joined: str) -> tuple[list[str], int]:
         """The fields of a row whose quoted field goes on in the next lines, and how many lines it takes; or none.
 
-        A next line that is a whole row by itself is never part of such a field.
+        A next line that is a whole row by itself, with a time like the others, is never part of such a field.
         """
         tries = 0
         for count in range(1, LONGEST_ROW):
@@ -335,7 +339,7 @@ class _Rows:
                     break
                 self._block = Block(self._block.data + following.data, self._block.before)
             line = self._block.line(at + count).decode("utf-8", "surrogateescape")
-            if self._is_row(line) or len(joined) > LONGEST_LINE:
+            if len(joined) > LONGEST_LINE or (self._is_row(line) and self._has_usual_time(at, line)):
                 break
             joined += "\n" + line
             if '"' not in line:
@@ -353,36 +357,56 @@ class _Rows:
             break
         return [], 1
 
-    def _is_ambiguous(self, at: int, joined: Sequence[str], lines: int) -> bool:
-        """Whether `lines` of a log that make one row may as well be several, the first of them with a stray quote.
+    def _has_usual_time(self, at: int, line: str) -> bool:
+        columns = self._table.columns
+        if TIME not in columns:
+            return True
+        return self._near_column(at, TIME).is_like(line.split(self._dialect.delimiter)[columns[TIME]])
 
-        They may where the first line is a row by itself that says something else, and its time (or else its rating)
-        has the form that rows around it have: 2001 of `u1,i1,"May, 2001` is no time among seconds since 1970. Where it
-        says the same, they may if one of the next lines, which is no whole row, has such a time in its place.
+    def _is_ambiguous(self, at: int, joined: Sequence[str], lines: int) -> bool:
+        """Whether `lines` that make one row may as well be several, with stray quotes.
+
+        They may where a field over several lines hides what looks like a time of the log: `Heroes,1500000001`, but not
+        `May, 2001` among seconds since 1970; where one of the next lines has all fields of a row, though its time looks
+        like no other; and where no time comes after that field, and the first line has all fields by itself.
         """
         columns, delimiter = self._table.columns, self._dialect.delimiter or ","
-        texts = [self._block.line(at + n).decode("utf-8", "surrogateescape") for n in range(lines)]
-        first = self._escaped(texts[0]) or (texts[0].split(delimiter) if self._is_row(texts[0]) else [])
-        if TIME not in columns or not first:
-            return False
-        differ = {role for role, position in columns.items() if first[position] != joined[position]}
-        judged = next((role for role in (TIME, RATING) if role in differ), TIME)
-        if differ and judged not in differ:
+        place = next(position for position, field in enumerate(joined) if "\n" in field)
+        hidden = [text.split(delimiter) for field in joined for text in field.split("\n") if "\n" in field]
+        every = itertools.chain.from_iterable(hidden)
+        if TIME in columns and any(self._near_column(at, TIME, joined).is_like(part) for part in every):
             return True
-        place = columns[judged]
-        forms = self._forms_near(at, place) | {_form(joined[place])}
-        suspects = [first] if differ else [text.split(delimiter) for text in texts[1:]]
-        return any(place < len(fields) and _form(fields[place]) in forms for fields in suspects)
+        if any(self._is_row(self._block.line(at + n).decode("utf-8", "surrogateescape")) for n in range(1, lines)):
+            return True
+        later = {role for role, position in columns.items() if position > place}
+        first = [*joined[:place], *hidden[0]]
+        if not later or TIME in later or len(first) < self._dialect.width:
+            return False
+        if RATING not in later:
+            return True
+        is_empty = len(first) == self._dialect.width and not first[columns[RATING]].strip()
+        return is_empty or any(self._near_column(at, RATING, joined).is_like(part) for part in hidden[0][1:])
 
-    def _forms_near(self, at: int, place: int) -> set[tuple[str, int]]:
-        """How a field is written in the whole rows around a line; looked up once for some lines together."""
+    def _near_column(self, at: int, role: str, otherwise: Sequence[str] = ()) -> "_Column":
+        """What a column holds in the whole rows around a line, looked up once for some lines together; where there is
+        none, that of the row `otherwise`."""
+        place = self._table.columns[role]
         key = ((self._block.before + at) // NEAR, place)
-        if self._near[0] != key:
+        if key not in self._near:
             near = range(max(0, at - NEAR), min(len(self._block), at + 2 * NEAR))
             lines = (self._block.line(n).decode("utf-8", "surrogateescape") for n in near)
-            rows = (split_line(line, self._dialect.delimiter or ",") for line in lines)
-            self._near = key, {_form(row[place]) for row in rows if self._is_whole(row)}
-        return self._near[1]
+            rows = (self._closed(line) for line in lines)
+            self._near = {key: _Column([row[place] for row in rows if self._is_whole(row)])}
+        found = self._near[key]
+        return found if found.is_known or not otherwise else _Column([otherwise[place]])
+
+    def _closed(self, line: str) -> list[str]:
+        """The fields of a line whose quotes do nothing but open and close fields; none for another one."""
+        try:
+            fields = next(csv.reader([line], delimiter=self._dialect.delimiter or ",", strict=True), [])
+        except csv.Error:
+            return []
+        return [] if any('"' in field for field in fields) else fields
 
     def _is_row(self, text: str) -> bool:
         """Whether a line is a whole row if quotes are characters like others."""
@@ -403,12 +427,40 @@ class _Rows:
         return f"{len(fields)} fields, expected {self._dialect.width}"
 
 
-def _form(text: str) -> tuple[str, int]:
-    """What times or ratings have in common that are written alike: all but the digits, and how many come first.
+class _Column:
+    """What some fields of a column look like: their numbers, and how others are written."""
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        numbers = [number for field in fields if (number := _number(field)) is not None]
+        self._least, self._most = min(numbers, default=-math.inf), max(numbers, default=math.inf)
+        self._has_numbers, self.is_known = bool(numbers), bool(fields)
+        self._forms = {_form(field) for field in fields if _number(field) is None}
+
+    def is_like(self, text: str) -> bool:
+        """Whether a text may be such a field: a number from half the least to twice the most, or a date, or written as
+        one of the fields is. Where no field is known, a number or a date."""
+        text = text.strip(' "')
+        number = _number(text)
+        if number is not None:
+            is_near = self._least - abs(self._least) / 2 <= number <= self._most + abs(self._most)
+            return is_near and (self._has_numbers or not self.is_known)
+        is_date = DATE.match(text) is not None and (bool(self._forms) or not self.is_known)
+        return is_date or _form(text) in self._forms
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _form(text: str) -> str:
+    """How a text is written: its digits as 0, its words as a.
 
     Examples:
-        >>> _form(" 2024-05-01T10:00:00.25")
-        ('0-0-0T0:0:0.0', 4)
+        >>> _form(" Nov 30, 2026 10:05")
+        'a 0, 0 0:0'
     """
-    digits = re.findall(r"[0-9]+", text)
-    return re.sub(r"[0-9]+", "0", text.strip()), len(digits[0]) if digits else 0
+    return re.sub(r"[^\W\d_]+", "a", re.sub(r"[0-9]+", "0", text.strip()))

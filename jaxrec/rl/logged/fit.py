@@ -33,7 +33,7 @@ from jaxrec.training.stopping import StopRequested, never
 
 UPDATES_PER_CHUNK = 100
 SCALED_BY = 5_000  # decisions that the scales are measured on
-LEAST_SCALE = 1e-3  # what varies less says nothing here
+ROUNDING = 1e-5  # of a mean, or of 1: what deviates less from it varies by rounding alone
 SCALE_OF_NOTHING = 1e9  # makes it nothing also where it varies later
 ROWS, ROWS_FILLED = 2048, 4096  # decisions that are computed at once; the number of a fit is filled to a multiple
 
@@ -108,16 +108,16 @@ def _updates(config: LoggedConfig) -> tuple[Updates, optax.GradientTransformatio
 
 
 def measured_scales(decisions: Decisions) -> Scales:
-    """Standard deviations of features and context, and the context's mean; SCALE_OF_NOTHING for what barely varies, as
-    the weight of such a feature would be learned from noise, and act as soon as the feature varies."""
+    """Standard deviations of features and context, and the context's mean; SCALE_OF_NOTHING for what varies by rounding
+    alone, as the weight of such a feature would be learned from noise, and act as soon as the feature varies."""
     some = np.unique(np.linspace(0, decisions.size - 1, SCALED_BY).astype(np.int64))
     features = decisions.features[some][decisions.mix[some] > NEVER / 2].astype(np.float32)
     context = decisions.context
-    of_features, of_context = (
-        np.where(deviation < LEAST_SCALE, SCALE_OF_NOTHING, deviation).astype(np.float32)
-        for deviation in (features.std(axis=0), context.std(axis=0))
-    )
-    return Scales(of_features, context.mean(axis=0), of_context)
+    deviations = []
+    for values in (features, context):
+        deviation, least = values.std(axis=0), ROUNDING * np.maximum(1, np.abs(values.mean(axis=0)))
+        deviations.append(np.where(deviation < least, SCALE_OF_NOTHING, deviation).astype(np.float32))
+    return Scales(deviations[0], context.mean(axis=0), deviations[1])
 
 
 def scaled_rows(decisions: Decisions, scales: Scales) -> tuple[np.ndarray, np.ndarray]:

@@ -42,7 +42,7 @@ from jaxrec.rl.updates import Learner, Loss, make_updates, new_learner, policy_o
 from jaxrec.training.stopping import StopRequested, never
 
 TRAIN_SHARE = 0.5  # of the log's users; the others evaluate
-LEAST_VARIATION = 0.1  # of what a reranker's weight multiplies, for the weight to be trained
+LEAST_VARIATION = 0.1  # of a reranker's feature, and of its context, for the weight to be trained
 UPDATES_PER_CHUNK = 50  # between two checks whether to stop
 
 
@@ -71,21 +71,22 @@ def split_users(users: np.ndarray, names: Sequence[str], own: np.ndarray) -> tup
     return training, evaluation
 
 
+@jax.jit
 def trained_weights(reranked: Reranked) -> dict[str, jax.Array]:
     """Which weights of the reranker a log can teach, as bool in the shapes of `RerankerWeights`, by their names.
 
-    A weight is one where what it multiplies varies by LEAST_VARIATION or more among the candidates of the log
-    [rows, candidates], in standard deviations of the log that the reranker was learned from. Of another one the log,
-    and so the gate, does not show what it does, but it would act once its feature varies: Adam's steps do not depend on
-    how small a gradient is.
+    A weight is one where its feature, among the candidates [rows, candidates] of the log, and its part of the context
+    vary by LEAST_VARIATION or more, in standard deviations of the log that the reranker was learned from. Of another
+    one the log, and so the gate, does not show what it does, but it would act once its feature varies: Adam's steps do
+    not depend on how small a gradient is.
     """
     where = jnp.asarray(reranked.mix)[..., None] > NEVER / 2
     squares = jnp.square(jnp.asarray(reranked.features).astype(jnp.float32))
     # Features are centred within a request.
     features = jnp.sqrt(jnp.sum(jnp.where(where, squares, 0.0), axis=(0, 1)) / jnp.maximum(jnp.sum(where), 1))
-    context = jnp.std(jnp.asarray(reranked.context), axis=0)
-    every = RerankerWeights(features, context[:, None] * features)
-    return {name: variation >= LEAST_VARIATION for name, variation in every._asdict().items()}
+    varies = features >= LEAST_VARIATION
+    of_context = jnp.std(jnp.asarray(reranked.context), axis=0) >= LEAST_VARIATION
+    return RerankerWeights(varies, of_context[:, None] & varies)._asdict()
 
 
 def train_served(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,10 @@ from jaxrec.config import PrepareConfig, Repeats
 from jaxrec.data.prepare import prepare
 from jaxrec.data.reading.bad_rows import OnBadRows
 from jaxrec.data.reading.lines import BLOCK, blocks, lines_at
+from jaxrec.data.reading.movies import read_movies
 from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.reading.text_file import AMBIGUOUS
+from jaxrec.data.schema import TITLE
 from jaxrec.errors import DataError
 
 HEADER = "user,item,name,time"
@@ -183,18 +186,25 @@ def test_stray_quotes_in_names_lose_no_row(
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.tuples(stray | st.sampled_from(['"Heroes', 'live"']), st.booleans()), min_size=1, max_size=10))
+@given(
+    st.lists(
+        st.tuples(stray | st.sampled_from(['"Heroes', 'live"']), st.sampled_from(["{}", "Low,{}", "{},Low"])),
+        min_size=1,
+        max_size=10,
+    )
+)
 def test_no_row_with_a_stray_quote_gets_the_time_of_a_broken_line(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, bool]]
+    tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]]
 ) -> None:
     """A broken line has a delimiter too many. Each line is an event of its own, or set aside."""
     folder = tmp_path_factory.mktemp("broken")
-    rows = [row(number, f"Low,{text}" if broken else text) for number, (text, broken) in enumerate(texts)]
+    rows = [row(number, broken.format(text)) for number, (text, broken) in enumerate(texts)]
     rows += [row(number) for number in range(len(rows), len(rows) + 3)]
     events, aside = accounted(write(folder / "log.csv", rows), folder / "data")
     numbers = [number for number in range(len(rows)) if number + 2 not in aside]
     assert events == [event(number) for number in numbers]
-    assert not any(broken and number in numbers for number, (_, broken) in enumerate(texts))
+    # Quotes may close around both.
+    assert not any(broken != "{}" and '"' not in text and at in numbers for at, (text, broken) in enumerate(texts))
 
 
 @settings(max_examples=30, deadline=None)
@@ -212,40 +222,66 @@ def test_json_lines_are_accounted_for(tmp_path_factory: pytest.TempPathFactory, 
     assert lines == ([len(texts) + 1] if broken else [])
 
 
-# The header, the lines after a good row, and the lines in quarantine; an event of the first line is u1,i1.
-OTHER_LAYOUTS = {
-    "names come last: the row that would be lost has a time": (
-        "user,item,time,name",
-        ['u1,i1,1500000001,"Heroes', 'u9,i9,1500000009,Low, live"'],
-        [3, 4],
+IDS, LAST = "user,item,name,time", "user,item,time,name"
+RATED = "user,item,time,name,rating"
+# The header, the lines after a good row, and the event that they are; none: they are set aside.
+OTHER_LAYOUTS: dict[str, tuple[str, list[str], list[Any]]] = {
+    "a stray quote after a quoted item": (IDS, ['u1,"i,1","Heroes,1500000001', 'u9,i9,Low, live",1500000009'], []),
+    "a stray quote after a quoted user": (IDS, ['"u1",i1,"Heroes,1500000001', 'u9,i9,Low, live",1500000009'], []),
+    "a first line with a delimiter too many": (IDS, ['u1,i1,"Heroes,x,1500000001', 'u9,i9,y,z",1500000009'], []),
+    "a number far from the times": (IDS, ['u1,i1,"May, 2001', 'live",1500000001'], [("u1", "i1", 1_500_000_001, None)]),
+    "a time of one digit less": (IDS, ['u1,i1,"Heroes,999999999', 'u9,i9,Low, live",1500000009'], []),
+    "names last: the row that would be lost has a time": (LAST, ['u1,i1,1500000001,"He', 'u9,i9,1500000009,L, l"'], []),
+    "names last: its time is elsewhere": (LAST, ['u1,i1,1500000001,"He', 'u9, Jr,i9,1500000009,live"'], []),
+    "names last: its time is quoted": (LAST, ['u1,i1,"1500000001","He', 'u9,i9,1500000009,Low, live"'], []),
+    "names last: a text": (LAST, ['u1,i1,1500000001,"a, 2', 'of, it, a, ll"'], [("u1", "i1", 1_500_000_001, None)]),
+    "names last: a text that could be a row at no time of the log": (
+        LAST,
+        ['u1,i1,1500000001,"Heroes', 'and more, 1, 2, 3"'],
+        [],
     ),
-    "names come last: a text over lines": ("user,item,time,name", ['u1,i1,1500000001,"two, 2, 3', 'of, it, all"'], []),
-    "another rating": ("user,item,time,name,rating", ['u1,i1,1500000001,"Heroes,4.5', 'u9, live",3.0'], [3, 4]),
-    "what is no rating": ("user,item,time,name,rating", ['u1,i1,1500000001,"May, 2001', 'live",3.0'], []),
-    "another item": ("user,time,name,item", ['u1,1500000001,"Heroes,i9', 'Low, live",i1'], [3, 4]),
-    "dates": ("user,item,name,time", ['u1,i1,"Heroes,2017-05-01', 'u9,i9,Low, live",2017-05-02'], [3, 4]),
-    "dates, and a year": ("user,item,name,time", ['u1,i1,"May, 2001', 'live",2017-05-02'], []),
+    "another rating": (RATED, ['u1,i1,1500000001,"Heroes,4.5', 'u9, live",3.0'], []),
+    "a rating of more digits": (RATED, ['u1,i1,1500000001,"Heroes,7.75', 'u9, live",3.0'], []),
+    "no rating": (RATED, ['u1,i1,1500000001,"Heroes,', 'u9, live",3.0'], []),
+    "what is no rating": (RATED, ['u1,i1,1500000001,"May, 2001', 'live",3.0'], [("u1", "i1", 1_500_000_001, 3.0)]),
+    "another item": ("user,time,name,item", ['u1,1500000001,"Heroes,i9', 'Low, live",i1'], []),
+    "dates": (IDS, ['u1,i1,"Heroes,2017-05-01', 'u9,i9,Low, live",2017-05-02'], []),
+    "dates with times": (IDS, ['u1,i1,"Heroes,2017-05-01T10:00:00+00:00', 'u9,i9,Low, live",2017-05-02'], []),
+    "dates, and a year": (IDS, ['u1,i1,"May, 2001', 'live",2017-05-02'], [("u1", "i1", 1_493_683_200, None)]),
 }
 GOOD = {"user": "u0", "item": "i0", "name": "plain", "rating": "4.0"}
 
 
 @pytest.mark.parametrize("case", OTHER_LAYOUTS)
 def test_a_quote_that_may_or_may_not_go_on_is_set_aside_in_every_layout(tmp_path: Path, case: str) -> None:
-    header, lines, aside = OTHER_LAYOUTS[case]
-    time = "2017-05-01" if case.startswith("dates") else "1500000000"
+    header, lines, events = OTHER_LAYOUTS[case]
+    time, seconds = ("2017-05-01", 1_493_596_800) if case.startswith("dates") else ("1500000000", 1_500_000_000)
     good = [",".join({**GOOD, "item": item, "time": time}[name] for name in header.split(",")) for item in ("i0", "i2")]
     path = write(tmp_path / "log.csv", [good[0], *lines, good[1]], header=header)
     data = prepare(path, None, EVERYTHING, out=tmp_path / "data", on_bad_rows=OnBadRows.QUARANTINE)
-    found = []
-    if aside:
+    if not events:
         quarantine = pd.read_csv(tmp_path / "data/quarantine.csv")
-        found = quarantine["line"].tolist()
+        assert quarantine["line"].tolist() == [3, 4]
         assert quarantine["text"].tolist() == lines
         assert set(quarantine["reason"]) == {AMBIGUOUS.format(first=3, last=4)}
-    assert found == aside
-    assert data.log is not None
-    users = data.log.users.raw_ids[data.log.events.users()].tolist()
-    assert sorted(users) == (["u0", "u0"] if aside else ["u0", "u0", "u1"])
+    log = data.log
+    assert log is not None
+    users, items = log.users.raw_ids[log.events.users()], log.items.raw_ids[log.events.items - 1]
+    ratings = log.events.ratings.tolist() if header == RATED else [None] * len(users)
+    found = list(zip(users.tolist(), items.tolist(), log.events.times.tolist(), ratings, strict=True))
+    rating = 4.0 if header == RATED else None
+    assert sorted(found) == [("u0", "i0", seconds, rating), ("u0", "i2", seconds, rating), *events]
+    assert data.input["bad_rows"] == (0 if events else 2)
+
+
+def test_lines_of_a_catalogue_that_may_be_one_movie_or_two_are_refused(tmp_path: Path) -> None:
+    """The first one alone would be `3,Title` of the genre `the`."""
+    path = tmp_path / "movies.csv"
+    path.write_text('item,title,genres\n1,Red,Comedy\n2,Blue,Drama\n3,"Title, the\nrest, of it",Comedy\n')
+    with pytest.raises(DataError, match="ambiguous: lines 4 to 5"):
+        read_movies(path)
+    path.write_text('item,title,genres\n1,Red,Comedy\n2,Blue,Drama\n3,"Title\nthe rest, of it",Comedy\n')
+    assert read_movies(path)[TITLE].tolist() == ["Red", "Blue", "Title\nthe rest, of it"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "frame"])
