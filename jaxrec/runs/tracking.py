@@ -15,7 +15,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +40,11 @@ MOST_WAITING = 100_000  # values
 SEND_S, SEND_AGAIN_S = 5.0, 300.0
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 REFUSE_S, TRY_S = "30", "5"  # how long a request may take before training, and while it goes on
+# By drivers of a database: how long it may take to connect (s), and to acknowledge what it was sent (ms).
+LIMITS = {
+    ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"): "connect_timeout=5&tcp_user_timeout=5000",
+    ("mysql", "mysql+mysqldb", "mysql+pymysql"): "connect_timeout=5",
+}
 EXPECTED = (
     "expected the URI of MLflow, such as http://localhost:5000 or sqlite:///mlflow.db, with %40 for an @ in a "
     "password, and likewise for other special characters"
@@ -58,8 +63,8 @@ class Tracker:
         Raises:
             TrackingError: MLflow is not installed, the URI is none, or the server does not answer.
         """
-        self._uri, self._name = uri, check(uri)
-        self._run_id = ""
+        self._uri, self._name = with_limits(uri), check(uri)
+        self._run_id, self._begun = "", False
         self._last: dict[str, int] = {}
         self._waiting: deque[tuple[str, float, int, int]] = deque()
         self._send_at = 0.0
@@ -69,14 +74,17 @@ class Tracker:
         with self._refusing():
             from mlflow import MlflowClient
 
-            _ask_database(uri)
-            self._client = MlflowClient(tracking_uri=uri)
+            _ask_database(self._uri)
+            self._client = MlflowClient(tracking_uri=self._uri)
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
             found = self._client.get_experiment_by_name(name)
             self._experiment = self._client.create_experiment(name) if found is None else found.experiment_id
 
     def find(self, run: Run) -> bool:
-        """Looks for the run of MLflow that RUN/mlflow.json names for this version of the data; whether there is one.
+        """Looks for the run of MLflow that RUN/mlflow.json names for this version of the data.
+
+        Returns:
+            Whether there is one, and it has the configuration, which `begin` sends last.
 
         Raises:
             TrackingError: It was tracked elsewhere, or the server does not answer any more.
@@ -92,10 +100,13 @@ class Tracker:
             self._run_id = found.info.run_id
             for name in found.data.metrics:  # what a run logged after its last checkpoint comes again
                 self._last[name] = max(one.step for one in self._client.get_metric_history(self._run_id, name))
-        return True
+            self._begun = bool(found.data.params)
+        return self._begun
 
     def begin(self, run: Run, status: str = "RUNNING", tags: Mapping[str, str] = {}) -> None:
         """Finds the run of MLflow for `run`, or makes one for each version of its data.
+
+        If it fails after it has made one, that is FAILED if MLflow takes it, and a later call completes it.
 
         Args:
             run: What is tracked.
@@ -105,16 +116,25 @@ class Tracker:
         Raises:
             TrackingError: As `find`.
         """
-        if self._run_id or self.find(run):
+        if self._begun or self.find(run):
             return
         with self._refusing():
-            named = {RUN_NAME: run.folder.name, **tags}
-            self._run_id = self._client.create_run(self._experiment, tags=named).info.run_id
-            for name, value in _parameters(run).items():
-                self._client.log_param(self._run_id, name, value)
-            self._client.update_run(self._run_id, status=status)
-            content = {"run_id": self._run_id, "data_version": run.data_version}
-            write_text(run.folder / MLFLOW_FILE, json.dumps(content) + "\n")
+            from mlflow.entities import Param
+
+            if not self._run_id:
+                named = {RUN_NAME: run.folder.name, **tags}
+                self._run_id = self._client.create_run(self._experiment, tags=named).info.run_id
+                content = {"run_id": self._run_id, "data_version": run.data_version}
+                write_text(run.folder / MLFLOW_FILE, json.dumps(content) + "\n")
+            try:
+                self._client.update_run(self._run_id, status=status)
+                parameters = [Param(name, str(value)) for name, value in _parameters(run).items()]
+                self._client.log_batch(self._run_id, params=parameters)
+            except Exception:
+                with suppress(Exception):
+                    self._client.update_run(self._run_id, status="FAILED")
+                raise
+            self._begun = True
 
     def metric(self, name: str, value: float, step: int) -> None:
         """Notes a metric, unless MLflow has this step, and sends all that were noted after some seconds.
@@ -276,6 +296,19 @@ def _settings(timeout: str) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def with_limits(uri: str) -> str:
+    """The URI of a database with LIMITS, unless it says itself how long connecting may take; other URIs as they are.
+
+    Examples:
+        >>> with_limits("mysql://localhost/db")
+        'mysql://localhost/db?connect_timeout=5'
+        >>> with_limits("postgresql://localhost/db?connect_timeout=60")
+        'postgresql://localhost/db?connect_timeout=60'
+    """
+    limits = next((one for drivers, one in LIMITS.items() if uri.partition("://")[0] in drivers), "")
+    return uri if not limits or "connect_timeout=" in uri else f"{uri}{'&' if '?' in uri else '?'}{limits}"
 
 
 def _ask_database(uri: str) -> None:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from sqlalchemy import make_url
 
 import jaxrec
 from jaxrec.cli.main import main
 from jaxrec.errors import DataError, TrackingError, TrainingStopped
 from jaxrec.runs.directory import EVALUATION_FILE, HYBRID_FILE, MLFLOW_FILE, Run
-from jaxrec.runs.tracking import DATA_NAME, EXPECTED, EXPERIMENT, Tracker
+from jaxrec.runs.tracking import DATA_NAME, EXPECTED, EXPERIMENT, LIMITS, Tracker, with_limits
 from jaxrec.training.log import TENSORBOARD_STEPS, read_epochs, read_steps
 from serve.model.directory import read_artifact
 from serve.model.events import Event
@@ -186,6 +187,13 @@ def test_a_database_that_does_not_answer_is_asked_once(tmp_path: Path, capfd: py
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("driver", [one for drivers in LIMITS for one in drivers])
+def test_a_driver_is_told_how_long_connecting_may_take(driver: str) -> None:
+    url = make_url(with_limits(f"{driver}://me@localhost/db?application_name=a"))
+    told = url.get_dialect()().create_connect_args(url)[1]
+    assert (int(told["connect_timeout"]), told["application_name"]) == (5, "a")
+
+
 @pytest.mark.parametrize("wrong", ["htp://localhost:5000", "sqlite:////proc/no/mlflow.db"])
 def test_a_wrong_uri_is_refused_before_training(wrong: str, data: Path, tmp_path: Path) -> None:
     ended = CliRunner().invoke(main, ["train", str(data), "--out", str(tmp_path / "run"), "--mlflow", wrong])
@@ -321,12 +329,30 @@ def test_an_export_that_fails_leaves_no_run_of_mlflow(run: Run) -> None:
 
 def test_a_run_that_cannot_be_begun_in_mlflow_leaves_nothing_in_the_way(data: Path, uri: str, tmp_path: Path) -> None:
     Tracker(uri)  # makes the experiment
-    execute(uri, "ALTER TABLE params RENAME TO away")
+    execute(uri, "CREATE TRIGGER refusing BEFORE INSERT ON params BEGIN SELECT RAISE(ABORT, 'no room'); END")
     with pytest.raises(TrackingError):
         train(data, tmp_path / "run", uri)
-    execute(uri, "ALTER TABLE away RENAME TO params")
+    execute(uri, "DROP TRIGGER refusing")
+    assert status(mlflow_client(uri), tmp_path / "run") == "FAILED"
     with pytest.raises(TrainingStopped):
         train(data, tmp_path / "run", uri, stop=lambda: True)
+
+
+def test_a_run_of_mlflow_that_was_half_begun_is_completed(run: Run) -> None:
+    uri = uri_of(run)
+    (run.folder / MLFLOW_FILE).unlink()
+    tracker = Tracker(uri)
+    execute(uri, "ALTER TABLE params RENAME TO away")
+    with pytest.raises(TrackingError):
+        tracker.begin(run)
+    half = tracked_id(run.folder)
+    execute(uri, "ALTER TABLE away RENAME TO params")
+    tracker = Tracker(uri)
+    assert not tracker.find(run)
+    tracker.begin(run, "FINISHED")
+    found = mlflow_client(uri).get_run(half)
+    assert (tracked_id(run.folder), found.info.status) == (half, "FINISHED")
+    assert found.data.params["train.batch_tokens"] == "128"
 
 
 ONE_OF_TWO = """

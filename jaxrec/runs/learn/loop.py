@@ -59,7 +59,8 @@ def learn(places: Places, config: LearnConfig = LearnConfig(), stop: StopRequest
     Raises:
         DataError: Something cannot be read or used, does not belong together, or another process is at work.
         ExportError: The run that the loop begins with cannot be exported.
-        TrackingError: MLflow is not installed, or its URI is none. If it fails later, the round goes on without it.
+        TrackingError: MLflow is not installed, or its URI is none. If it fails later, the round goes on without it, and
+            the next call tries again to add the newest version.
         TrainingStopped: `stop()` became true.
     """
     with locked(places.work, "learn", 0o700), locked(places.models, "learn"):
@@ -70,6 +71,8 @@ def learn(places: Places, config: LearnConfig = LearnConfig(), stop: StopRequest
                 tracking.check(config.mlflow)
             state = read_state(places.work) or begin(places, config)
             check(places, config, state)
+            if config.mlflow is not None and state.untracked:
+                state = _track_again(places, config.mlflow, state)
             _clean(places, state)
             return _round(places, config, state, stop)
         except TrainingStopped:
@@ -88,6 +91,16 @@ def _note(work: Path, error: Exception) -> None:
             write_state(work, dataclasses.replace(state, error=said, ended=time.time()))
     except (DataError, OSError) as second:
         error.add_note(f"The state could not be written: {second}")
+
+
+def _track_again(places: Places, uri: str, state: State) -> State:
+    """Tries to add the newest version to MLflow, which did not take it before, and notes what came of it."""
+    run = Path(state.run)
+    tags = None if state.run == state.first_run else stages.tags_of(run.parent, state.changed)
+    tracked = stages.track_stage(uri, run, places.models / state.folder, tags)
+    state = dataclasses.replace(state, untracked=tracked["reason"])
+    write_state(places.work, state)
+    return state
 
 
 def _round(places: Places, config: LearnConfig, state: State, stop: StopRequested) -> State:
@@ -164,18 +177,20 @@ def _learned(
         return False, [*reasons, exported["reason"]], {}
     version = exported["model_version"]
     placed = under_way.stage("publish", lambda: stages.publish_stage(folder, places.models), model_version=version)
+    untracked = ""
     if (uri := config.mlflow) is not None:
         model, tags = places.models / placed["folder"], stages.tags_of(folder, changed)
         tracked = under_way.stage("track", lambda: stages.track_stage(uri, candidate, model, tags), run=str(candidate))
-        reasons.append(tracked["reason"])
+        untracked = tracked["reason"]
     learned = {
         "run": str(candidate.resolve()),
         "changed": changed,
         "folder": placed["folder"],
         "model_version": version,
         "published": (*state.published, placed["folder"]),
+        "untracked": untracked,
     }
-    return True, reasons, learned
+    return True, [*reasons, untracked], learned
 
 
 def _ended(places: Places, state: State, said: str, keep: int) -> State:

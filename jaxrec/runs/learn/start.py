@@ -13,6 +13,7 @@ from jaxrec.runs.learn.config import LearnConfig, Places
 from jaxrec.runs.learn.state import MODELS, ROUNDS_FOLDER, State, write_state
 from jaxrec.runs.learn.versions import clean, manifest, newest
 from jaxrec.runs.policy import load_served
+from serve.model.manifest import MANIFEST
 
 KEPT = ("host", "hostaddr", "port", "dbname", "db")  # of the query of a store's URL
 PLACE = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[\w.%-]*)(:\d*)?(,(\[[0-9A-Fa-f:.%]*\]|[\w.%-]*)(:\d*)?)*(/[^@?#]*)?")
@@ -30,16 +31,16 @@ def begin(places: Places, config: LearnConfig) -> State:
         raise DataError(f"{places.run} was trained on {run.data_folder}, not on {places.data}; give its own data")
     if not (places.run / HYBRID_FILE).is_file():
         raise DataError(f"{places.run}: is not trained to its end: `jaxrec train --out {places.run} --resume`")
-    published: tuple[str, ...] = ()
+    first = places.work / ROUNDS_FOLDER / "0"
     if not newest(places.models)[0]:
         clean(places.models)
-        exported = stages.export_stage(places.run, places.work / ROUNDS_FOLDER / "0", config)
+        exported = stages.export_stage(places.run, first, config)
         if not exported["exported"]:
             raise ExportError(exported["reason"])
-        published = (stages.publish_stage(places.work / ROUNDS_FOLDER / "0", places.models)["folder"],)
-        if config.mlflow is not None:
-            stages.track_stage(config.mlflow, places.run, places.models / published[0], None)
+        stages.publish_stage(first, places.models)
     folder, version = newest(places.models)
+    own = (first / stages.MODEL_FOLDER / MANIFEST).is_file()  # published now, or before a kill
+    own = own and manifest(first / stages.MODEL_FOLDER)["model_version"] == version
     _require_export(places, places.models / folder)
     state = State(
         store=location(places.store),
@@ -53,7 +54,8 @@ def begin(places: Places, config: LearnConfig) -> State:
         changed=MODELS,
         folder=folder,
         model_version=version,
-        published=published,
+        published=(folder,) if own else (),
+        untracked="not tracked yet" if own and config.mlflow is not None else "",
     )
     write_state(places.work, state)
     return state

@@ -60,6 +60,8 @@ class State:
         changed: What the last published round changed: MODELS or POLICY.
         folder: The newest version in the folder of models; `model_version`: what its manifest says.
         published: The folders that the loop wrote, oldest first, as far as they are kept.
+        untracked: Why MLflow does not have the newest version, which the next command tries again; empty: it has, or is
+            not to have it.
         round: The round that is under way; None: there is none.
         history: The last finished rounds, oldest first.
         ended: When the last command ended, in seconds since 1970-01-01T00:00Z; 0: never.
@@ -80,6 +82,7 @@ class State:
     folder: str
     model_version: str
     published: tuple[str, ...] = ()
+    untracked: str = ""
     round: Round | None = None
     history: tuple[Round, ...] = ()
     ended: float = 0.0

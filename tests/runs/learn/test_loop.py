@@ -40,7 +40,19 @@ pytestmark = [  # of MLflow's own code
     pytest.mark.filterwarnings("ignore:.*type hint"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-STAGES = ("events_stage", "append_stage", "train_stage", "gate_stage", "export_stage", "publish_stage")
+STAGES = (
+    "events_stage",
+    "append_stage",
+    "train_stage",
+    "gate_stage",
+    "export_stage",
+    "publish_stage",
+    "track_stage",
+)
+
+
+class Killed(BaseException):
+    pass
 
 
 class Played(NamedTuple):
@@ -121,19 +133,33 @@ def test_runs_of_mlflow_say_what_they_are_of(undisturbed: Played) -> None:
 
 
 def test_a_round_that_mlflow_does_not_answer_is_published_and_says_so(
-    undisturbed: Played, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    undisturbed: Played,
+    base: Path,
+    new_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    loop = new_loop(base, tmp_path / "loop")
+    """The next command adds the model to a run of MLflow that tells what it is."""
+    loop, store = new_loop(base, tmp_path / "loop"), tmp_path / "mlflow.db"
     loop.record(events_of_round(1))
-    (tmp_path / "no store").mkdir()
-    state = learn(loop.places, dataclasses.replace(CONFIG, mlflow=f"sqlite:///{tmp_path / 'no store'}"))
+    monkeypatch.chdir(tmp_path)
+    store.mkdir()
+    config = dataclasses.replace(CONFIG, mlflow=f"sqlite:///{store}")
+    state = learn(loop.places, config)
     lines = capsys.readouterr().err.splitlines()
     training, model = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
     assert training.startswith("the training is not tracked: MLflow at sqlite")
     assert model.startswith("version 2 is not tracked: MLflow at sqlite")
     expected = outcome(*undisturbed)
     assert outcome(loop, state) == {**expected, "reason": f"{training}; {expected['reason']}; {model}"}
-    assert state.error == ""
+    assert (state.error, state.untracked) == ("", model)
+    store.rmdir()
+    shutil.copy(new_store, store)
+    assert learn(loop.places, config).untracked == ""
+    assert only_run(config.mlflow or "") == ("FINISHED", state.model_version, ["model"])
+    tracked = json.loads((Path(state.run) / MLFLOW_FILE).read_text("utf-8"))["run_id"]
+    assert mlflow_client(config.mlflow or "").get_run(tracked).info.run_name.startswith("round 1, models, ")
 
 
 @pytest.mark.parametrize("store", ["new", "damaged"])
@@ -185,13 +211,9 @@ def test_a_uri_that_is_none_ends_the_command_before_the_round(base: Path, tmp_pa
 
 
 def test_a_round_that_is_interrupted_at_every_stage_comes_to_the_same(
-    undisturbed: Played, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Played, base: Path, new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice in each: before it did anything, and after it was done but not noted."""
-
-    class Killed(BaseException):
-        pass
-
     played: list[str] = []
 
     def interrupted(name: str, play: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,11 +232,13 @@ def test_a_round_that_is_interrupted_at_every_stage_comes_to_the_same(
         monkeypatch.setattr(stages, name, interrupted(name, getattr(stages, name)))
     loop = new_loop(base, tmp_path / "loop")
     loop.record(events_of_round(1))
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{shutil.copy(new_store, tmp_path / 'mlflow.db')}"
     state, attempts = None, 0
     while state is None:
         attempts += 1
         try:
-            state = learn(loop.places, CONFIG)
+            state = learn(loop.places, dataclasses.replace(CONFIG, mlflow=uri))
         except Killed:
             under_way = read_state(loop.places.work)
             assert under_way is not None
@@ -222,6 +246,71 @@ def test_a_round_that_is_interrupted_at_every_stage_comes_to_the_same(
     assert played == [name for name in STAGES for _ in range(3)]
     assert attempts == 2 * len(STAGES) + 1
     assert outcome(loop, state) == outcome(*undisturbed)
+    assert (only_run(uri), state.untracked) == (("FINISHED", state.model_version, ["model"]), "")
+
+
+def only_run(uri: str) -> tuple[str, str | None, list[str]]:
+    """How the run stands, which MLflow has as the only one, which version it has, and its artifacts."""
+    client = mlflow_client(uri)
+    [experiment] = [one for one in client.search_experiments() if one.name == "jaxrec"]
+    [run] = client.search_runs([experiment.experiment_id])
+    artifacts = [one.path for one in client.list_artifacts(run.info.run_id)]
+    return run.info.status, run.data.tags.get("jaxrec.model_version"), artifacts
+
+
+def test_a_version_that_mlflow_missed_is_added_by_the_next_command(
+    undisturbed: Played, base: Path, new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store of MLflow is gone between the training and the stage `track`, and then it is back."""
+    loop, store, away = new_loop(base, tmp_path / "loop"), tmp_path / "mlflow.db", tmp_path / "away.db"
+    shutil.copy(new_store, store)
+    monkeypatch.chdir(tmp_path)
+    config, gate_stage = dataclasses.replace(CONFIG, mlflow=f"sqlite:///{store}"), stages.gate_stage
+
+    def without_mlflow(*given: Any) -> Any:
+        store.rename(away)
+        store.write_text("no database\n" * 100)
+        return gate_stage(*given)
+
+    monkeypatch.setattr(stages, "gate_stage", without_mlflow)
+    loop.record(events_of_round(1))
+    state = learn(loop.places, config)
+    assert state.untracked.startswith("version 2 is not tracked: MLflow at sqlite")
+    reason = outcome(*undisturbed)["reason"]
+    assert outcome(loop, state) == {**outcome(*undisturbed), "reason": f"{reason}; {state.untracked}"}
+    again = learn(loop.places, config)
+    assert again.untracked == state.untracked
+    away.replace(store)
+    last = learn(loop.places, config)
+    assert (last.said, last.untracked) == ("nothing to do: 0 new events since revision 120", "")
+    assert read_state(loop.places.work) == last
+    assert only_run(config.mlflow or "") == ("FINISHED", state.model_version, ["model"])
+
+
+@pytest.mark.parametrize("stage", ["publish_stage", "track_stage"])
+def test_the_first_version_belongs_to_the_loop_though_it_was_killed(
+    stage: str, base: Path, new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the stage was done, and nothing was noted of that."""
+    loop, run, play = new_loop(base, tmp_path / "loop"), tmp_path / "run", getattr(stages, stage)
+    shutil.rmtree(loop.places.models)
+    shutil.copytree(base / "run", run)
+    uri = f"sqlite:///{shutil.copy(new_store, tmp_path / 'mlflow.db')}"
+    monkeypatch.chdir(tmp_path)
+    Tracker(uri).begin(open_run(run), "FINISHED")
+
+    def killed(*given: Any) -> Any:
+        play(*given)
+        raise Killed
+
+    places, config = dataclasses.replace(loop.places, run=run), dataclasses.replace(CONFIG, mlflow=uri)
+    monkeypatch.setattr(stages, stage, killed)
+    with pytest.raises(Killed):
+        learn(places, config)
+    monkeypatch.setattr(stages, stage, play)
+    state = learn(places, config)
+    assert (state.folder, state.published, state.untracked) == ("1", ("1",), "")
+    assert only_run(uri) == ("FINISHED", state.model_version, ["model"])
 
 
 def test_three_rounds_with_a_server_and_a_kill(undisturbed: Played, base: Path, tmp_path: Path) -> None:
