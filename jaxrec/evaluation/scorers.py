@@ -164,8 +164,7 @@ _summary = jax.jit(last_summary)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _trend(graphdef: nnx.GraphDef[Trend], variables: Any, counts: jax.Array) -> jax.Array:
-    """[moments, items + 1]. One moment after the other, since the views of one are twice as large as its counts."""
-    return jax.lax.map(nnx.merge(graphdef, variables), counts)
+    return nnx.merge(graphdef, variables)(counts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
