@@ -255,6 +255,7 @@ def _finish(
     give_back_freed_memory()
     asked, cooccurrence = (data, excludes_seen, stop_where_asked), CoOccurrence(read_neighbours(run))
     mix = learn_mix(trained_lstm.model, trained_content.model, cooccurrence, *asked)
+    give_back_freed_memory()
     new = place_new_items(run, data, *models)
     ranked = None
     if new is not None:
@@ -262,6 +263,7 @@ def _finish(
     whole = mix.hybrid(*models, cooccurrence, new)
     if new is not None and ranked is not None:
         shift_logits(whole, new, ranked.shift)
+    give_back_freed_memory()
     hidden = _tune_on_hidden_items(run, data, whole, excludes_seen, stop_where_asked)
     of_items = {"new_items": ranked, "hidden_items": hidden}
     shifts = {name: None if found is None else dataclasses.asdict(found) for name, found in of_items.items()}

@@ -24,6 +24,7 @@ from jaxrec.models.masks import NEVER
 from jaxrec.models.repeat import FEATURES, STEPS, TABLE_SIZE, Repeat, seen_buckets
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.trend import VIEWS, Trend, traffic_scale, trend_views
+from jaxrec.training.host_memory import give_back_freed_memory
 
 MAX_MIX_CASES = 5_000
 BEST_OF_EACH = 100  # items of each part that are always among a case's candidates
@@ -138,6 +139,7 @@ def learn_mix(
     scorers = sequence_scorer(lstm), sequence_scorer(content), cooccurrence_scorer(cooccurrence)
     asked = data, cases, lstm.config.max_length
     found = collect_candidates(scorers, *asked, counts, typical, exclude_seen, before_batch)
+    give_back_freed_memory()
     if not np.isfinite(found.parts).all():
         raise TrainingError(
             "a score of a model or of co-occurrence is not finite; both models are trained and saved, no mix is written"

@@ -119,8 +119,8 @@ class Search:
         if kept < LEAST_KEPT:
             raise ArtifactError(
                 f"{files.path}: its candidates hold {kept:.2f} of the best items of {CHECKED_QUERIES} queries, expected"
-                f" {LEAST_KEPT} or more: it is an index of other items than {artifact.directory / 'item_vectors.npy'}, or"
-                " the items are too much alike for an index; export the model again, or use --search exact"
+                f" {LEAST_KEPT} or more: it is an index of other items than {artifact.directory / 'item_vectors.npy'},"
+                " or the items are too much alike for an index; export the model again, or use --search exact"
             )
 
     def trending(self, trend: NDArray[np.float32]) -> Trending:
