@@ -204,7 +204,7 @@ def fit_weights(
         loss, gradient = objective(scaled / unit)
         return loss, gradient / unit
 
-    # Scaled to like curvatures, the columns need half as many iterations, and the table a quarter.
+    # Scaled to like curvatures, weights and numbers need half as many iterations.
     result = scipy.optimize.minimize(
         of_scaled,
         first * unit,
