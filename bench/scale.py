@@ -6,14 +6,16 @@
 prepare the log, train both models for one epoch (`jaxrec train` also counts the co-occurrence and learns the mix),
 evaluate, export with an index, and serve. Each stage is a process of its own. Its memory is the sum of the resident
 memory of all its processes, looked at ten times a second, or the most that one of them ever held if that is more. A
-stage that is done is not measured again, one that was interrupted starts anew. So the command can be given again, and
-`--publish` can follow later, at the same commit.
+stage that is done is not measured again. One that was interrupted starts anew, and so do all stages after it. So the
+command can be given again, and `--publish` can follow later, at the same commit. Where the export refuses the index,
+since it finds too few of the best items, the page says so, and the model is exported and served without one.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +46,7 @@ GOAL_GB = 8.0
 ROUNDS_PER_SECOND = 10.0
 K = 10
 MOST_EVENTS = 1_000  # of a history that the server is given
+REFUSED_INDEX = re.compile(r"index: \d+ candidates hold .*")  # what the export says where it refuses one
 
 
 class Log(NamedTuple):
@@ -99,8 +102,17 @@ def main(work: Path, names: tuple[str, ...], tiny: bool, inside: str | None, pub
     page.write(body, [work / name / f"{stage}.json" for name in names for stage in STAGES])
 
 
+class StageFailed(click.ClickException):
+    """A command of a stage ended with another status than 0. `figures`: what it took until then."""
+
+    def __init__(self, message: str, figures: dict[str, float]) -> None:
+        super().__init__(message)
+        self.figures = figures
+
+
 def measure(folder: Path, name: str, stage: str, log: Log, tiny: bool) -> None:
-    """Runs one stage, unless FOLDER/STAGE.json says that it was. Raises click.ClickException where it fails."""
+    """Runs one stage, unless FOLDER/STAGE.json says that it was. What later stages measured is deleted then. Raises
+    StageFailed."""
     done = folder / f"{stage}.json"
     if done.is_file():
         return
@@ -122,9 +134,19 @@ def measure(folder: Path, name: str, stage: str, log: Log, tiny: bool) -> None:
     if made.is_dir():
         shutil.rmtree(made)
     made.unlink(missing_ok=True)
+    for later in STAGES[STAGES.index(stage) :]:
+        (folder / f"{later}.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    began, load = time.time(), os.getloadavg()[0]
-    figures = {**watched(command, folder / f"{stage}.log"), "load": load}
+    began, load, output = time.time(), os.getloadavg()[0], folder / f"{stage}.log"
+    figures: dict[str, Any]
+    try:
+        figures = {**watched(command, output), "load": load}
+    except StageFailed as failed:
+        refused = REFUSED_INDEX.search(output.read_text(encoding="utf-8"))
+        if stage != "export" or refused is None:
+            raise
+        figures = {**watched([*command[:-1], "never"], output), "load": load, "refused": refused[0]}
+        figures["peak_gb"] = max(figures["peak_gb"], failed.figures["peak_gb"])
     if stage == "train":
         figures["parts"] = training_parts(run, began)
     write_figures(done, figures)
@@ -132,13 +154,13 @@ def measure(folder: Path, name: str, stage: str, log: Log, tiny: bool) -> None:
 
 def watched(command: Sequence[str], output: Path) -> dict[str, float]:
     """Runs a command, whose output goes to a file: its seconds, the CPU seconds of its processes, and the most memory
-    that they held together, in GB."""
+    that they held together, in GB. Raises StageFailed."""
     peak, ended = 0.0, threading.Event()
 
     def watch(pid: int) -> None:
         nonlocal peak
         while not ended.wait(1 / ROUNDS_PER_SECOND):
-            with contextlib.suppress(OSError, IndexError):  # a process can end while it is looked at
+            with contextlib.suppress(OSError):  # a process can end while its children are looked for
                 peak = max(peak, held_gb(family(pid)))
 
     start = time.perf_counter()
@@ -155,19 +177,23 @@ def watched(command: Sequence[str], output: Path) -> dict[str, float]:
             ended.set()
             watcher.join()
     child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise click.ClickException(f"exit status {child.returncode}: {' '.join(command)}; see {output}")
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_gb": peak}
+    figures = {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_gb": peak}
+    if child.returncode:
+        raise StageFailed(f"exit status {child.returncode}: {' '.join(command)}; see {output}", figures)
+    return figures
 
 
 def held_gb(pids: Sequence[int]) -> float:
-    """Resident memory of processes now, or the most that one of them ever held if that is more."""
-    now, ever = [], []
+    """Resident memory of processes now, or the most that one of them ever held if that is more. A process that has
+    ended holds none, also while its parent has not waited for it."""
+    now, ever = [0.0], [0.0]
     for pid in pids:
-        status = Path(f"/proc/{pid}/status").read_text()
-        for name, sizes in (("VmRSS:", now), ("VmHWM:", ever)):
-            sizes.append(int(status.split(name)[1].split()[0]) * 1024 / 1e9)
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            for name, sizes in (("VmRSS", now), ("VmHWM", ever)):
+                found = re.findall(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
+                sizes += [int(size) * 1024 / 1e9 for size in found]
     return max(sum(now), *ever)
 
 
@@ -295,15 +321,22 @@ def section(folder: Path, log: Log) -> list[str]:
         one, time_given = row["ndcg_10"], "with" if row["request_time"] else "without"
         lines.append(f"| {row['name']} | {time_given} | {_interval(one)} | {one['mean'] / best['mean']:.0%} |")
     served = read_json(folder / "served.json", "serve again")
-    index = read_json(folder / "model" / "manifest.json", "export again")["index"]
-    kept = ", ".join(f"{found['recall_10']:.4f} ({kind})" for kind, found in index["recall"].items())
+    if "refused" in figures["export"]:
+        searched = f"The export refused the index (`{figures['export']['refused']}`). The stage's time is that of"
+        searched += " `jaxrec export --index never`, its memory the most of both, and the server searches all items."
+    else:
+        index = read_json(folder / "model" / "manifest.json", "export again")["index"]
+        kept = ", ".join(f"{found['recall_10']:.4f} ({kind})" for kind, found in index["recall"].items())
+        searched = f"The index keeps {kept} of the ten best items."
     return [
         *lines,
         f"| best possible | | {_interval(best)} | |",
         "",
-        f"The index keeps {kept} of the ten best items. The server was ready after {served['ready_seconds']:.1f} s. It"
-        f" held {served['memory_mb']:,.0f} MB after one client had asked it for {log.asked:,} users, one after the"
-        f" other. Their NDCG@10, with the history sent along and without request time, is {served['ndcg_10']:.4f}.",
+        f"{searched} The server was ready after {served['ready_seconds']:.1f} s. It held {served['memory_mb']:,.0f} MB"
+        f" after one client had asked it for {log.asked:,} users, one after the other. Their NDCG@10, with the history"
+        f" sent along and without request time, is {served['ndcg_10']:.4f}. It cannot be compared with the table: it is"
+        f" of other cases, whose histories are cut to the last {MOST_EVENTS:,} events, and has no trend, since the log"
+        " ended years ago.",
         "",
         "| request | p50 ms | p99 ms |",
         "|---|---|---|",

@@ -11,7 +11,11 @@ from jaxrec.cli.options import EXISTING_FOLDER, NEW_FILE, SEED
 @click.argument("run", type=EXISTING_FOLDER)
 @click.option("--json", "json_file", type=NEW_FILE, help="File for the figures as JSON, beside RUN/evaluation.json.")
 @click.option("--seed", type=SEED, default=0, help="Seed of the bootstrap intervals.")
-@click.option("--cases", type=click.IntRange(1), help="Test cases to rank, evenly spaced.  [default: all]")
+@click.option(
+    "--cases",
+    type=click.IntRange(1),
+    help="Test cases to rank, evenly spaced; their figures replace none of more cases in RUN.  [default: all]",
+)
 def evaluate(run: Path, json_file: Path | None, seed: int, cases: int | None) -> None:
     """Ranks the test cases of RUN's data with its models, its policy and the baselines, and prints the metrics."""
     from jaxrec.runs.evaluate import evaluate as evaluate_run

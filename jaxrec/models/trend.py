@@ -43,9 +43,12 @@ class Trend(nnx.Module):
 
     def __call__(self, counts: jax.Array | np.ndarray) -> jax.Array:
         """Decayed counts [..., half-lives, items + 1] float32 -> what is added to the logits [..., items + 1]."""
-        counts = jnp.asarray(counts)
-        scaled = counts * traffic_scale(counts.sum(axis=-1), self.typical[...])[..., None]
-        return jnp.einsum("vh,...vhi->...i", self.weights[...], trend_views(scaled))
+        counts, weights = jnp.asarray(counts), self.weights[...]
+        views = trend_views(counts * traffic_scale(counts.sum(axis=-1), self.typical[...])[..., None])
+        found = jnp.zeros(())
+        for view, half_life in np.ndindex(weights.shape):  # compiled to one pass; a product would need all views
+            found += weights[view, half_life] * views[..., view, half_life, :]
+        return found
 
 
 def trend_views(scaled: jax.Array) -> jax.Array:

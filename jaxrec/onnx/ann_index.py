@@ -26,6 +26,7 @@ from jaxrec.data.batches import case_batches
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.split import Cases
 from jaxrec.errors import ExportError
+from jaxrec.onnx.convert import Graph
 from jaxrec.onnx.parity import OF_ANSWER, PROBE_ROWS, make_probe, open_session
 
 FROM_ITEMS = 50_000
@@ -74,7 +75,7 @@ class Probes:
 
 
 def probe_requests(
-    data: PreparedData, sequence_query: bytes, item_vectors: np.ndarray, max_history: int, exclude_seen: bool = True
+    data: PreparedData, sequence_query: Graph, item_vectors: np.ndarray, max_history: int, exclude_seen: bool = True
 ) -> dict[str, Probes]:
     """Requests by kind: at most MOST_PROBES validation cases, and as many made-up ones, which may be less alike."""
     session = open_session(sequence_query)

@@ -1,10 +1,11 @@
 """From weights to ONNX: traces the forward pass in TensorFlow, converts it with tf2onnx, and finishes the graph."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -27,34 +28,57 @@ _LOOPS = {"Loop", "Scan", "If"}
 _SEQUENCE_LENS = 4  # the place of the lengths among the inputs of ONNX' LSTM
 
 
-def sequence_graph(weights: Weights) -> bytes:
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """An ONNX model, and the items' arrays that it reads, which many graphs share.
+
+    Attributes:
+        content: The model. The arrays are initializers of it whose data lies in files (ONNX' external data), NAME.npy.
+        arrays: By name.
+    """
+
+    content: bytes = dataclasses.field(repr=False)
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+
+    def whole(self) -> bytes:
+        """The model with the arrays in it."""
+        from onnx import load_from_string, numpy_helper
+
+        model = load_from_string(self.content)
+        for tensor in model.graph.initializer:
+            if tensor.name in self.arrays:
+                tensor.CopyFrom(numpy_helper.from_array(self.arrays[tensor.name], tensor.name))
+        return bytes(model.SerializeToString())
+
+
+def sequence_graph(weights: Weights) -> Graph:
     """`sequence.onnx`, as `sequence_signature` has it. Raises ExportError."""
     signature = sequence_signature(weights.state_width, weights.width, weights.allow_seen)
     return _graph("sequence", weights, signature, _item_arrays(weights))
 
 
-def step_graph(weights: Weights) -> bytes:
+def step_graph(weights: Weights) -> Graph:
     """`step.onnx`, as `step_signature` has it. Raises ExportError."""
     signature = step_signature(weights.state_width, weights.width, weights.allow_seen)
     return _graph("step", weights, signature, _item_arrays(weights))
 
 
-def sequence_query_graph(weights: Weights) -> bytes:
+def sequence_query_graph(weights: Weights) -> Graph:
     """`sequence_query.onnx`, as `sequence_query_signature` has it. Raises ExportError."""
     return _graph("sequence_query", weights, sequence_query_signature(weights.state_width, weights.width), {})
 
 
-def step_query_graph(weights: Weights) -> bytes:
+def step_query_graph(weights: Weights) -> Graph:
     """`step_query.onnx`, as `step_query_signature` has it. Raises ExportError."""
     return _graph("step_query", weights, step_query_signature(weights.state_width, weights.width), {})
 
 
-def trend_graph(weights: Weights) -> bytes:
+def trend_graph(weights: Weights) -> Graph:
     """`trend.onnx`, as `trend_signature` has it. Raises ExportError."""
     return _graph("trend", weights, trend_signature(len(weights.trend.typical)), {})
 
 
-def parts_graph(weights: Weights) -> bytes:
+def parts_graph(weights: Weights) -> Graph:
     """`parts.onnx`, as `parts_signature` has it. Raises ExportError."""
     names = ("neighbour_item", "neighbour_weight", "part_bias")
     arrays = {name: getattr(weights, name) for name in names}
@@ -72,7 +96,7 @@ def _item_arrays(weights: Weights) -> dict[str, np.ndarray]:
     }
 
 
-def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[str, np.ndarray]) -> bytes:
+def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[str, np.ndarray]) -> Graph:
     """The function of this name in `tf_forward` as ONNX with the inputs and outputs of the signature.
 
     `item_arrays` are its `tf_forward.ItemArrays`, or empty for a function without.
@@ -106,13 +130,14 @@ def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[
                 "GatherNd": (_of_elements, ["GatherElements"]),
             },
         )
-    _finish(name, model, signature, item_arrays)
+    _finish(name, model, signature)
     if "length" in signature.inputs:
         for node in model.graph.node:
             if node.op_type == "LSTM":
                 # So its last h and c are those of each row's last event.
                 node.input[_SEQUENCE_LENS] = "length"
-    return _checked(model)
+    place_outside(model, item_arrays)
+    return Graph(bytes(model.SerializeToString()), item_arrays)
 
 
 def _where(context: Any, node: Any, name: str, arguments: list[Any]) -> Any:
@@ -134,9 +159,26 @@ def _of_elements(context: Any, node: Any, name: str, arguments: list[Any]) -> An
     return node
 
 
-def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, np.ndarray]) -> None:
-    """Makes the items' arrays weights, names the dimensions, and refuses a graph whose LSTMs are not fused."""
-    from onnx import helper, numpy_helper
+def place_outside(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Makes the items' arrays initializers of a model, without their data. Raises ExportError where it is broken."""
+    from onnx import TensorProto, external_data_helper, helper
+
+    graph = model.graph
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in arrays.items()}
+    # The check wants the data of an initializer, hence it is made while the arrays are inputs.
+    graph.input.extend(helper.make_tensor_value_info(name, kinds[name], arrays[name].shape) for name in arrays)
+    _check(model)
+    del graph.input[len(graph.input) - len(arrays) :]
+    for name, array in arrays.items():
+        tensor = TensorProto(name=name, data_type=kinds[name], dims=array.shape, raw_data=b"")
+        external_data_helper.set_external_data(tensor, f"{name}.npy", offset=0, length=array.nbytes)
+        tensor.ClearField("raw_data")
+        graph.initializer.append(tensor)
+
+
+def _finish(name: str, model: Any, signature: Signature) -> None:
+    """Names the inputs, the outputs and their dimensions, and refuses a graph whose LSTMs are not fused."""
+    from onnx import helper
 
     graph = model.graph
     operators = [node.op_type for node in graph.node]
@@ -144,7 +186,6 @@ def _finish(name: str, model: Any, signature: Signature, item_arrays: dict[str, 
     if operators.count("LSTM") != lstms or not _LOOPS.isdisjoint(operators):
         raise ExportError(f"{name}.onnx: expected {lstms} LSTM operators and no loop, found {sorted(set(operators))}")
     graph.name = name
-    graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in item_arrays.items())
     del graph.value_info[:]
     _without_scalar_k(graph)
     for place, tensors in ((graph.input, signature.inputs), (graph.output, signature.outputs)):
@@ -168,14 +209,13 @@ def _without_scalar_k(graph: Any) -> None:
             graph.node.remove(node)
 
 
-def _checked(model: Any) -> bytes:
+def _check(model: Any) -> None:
     import onnx
 
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{model.graph.name}.onnx: the conversion gave a broken graph: {error}") from error
-    return bytes(model.SerializeToString())
 
 
 def _load_tensorflow() -> tuple[ModuleType, ModuleType]:

@@ -125,8 +125,8 @@ def export_model(
         if search is not None:
             search.write(folder)
         for name, graph in ((SEQUENCE_FILE, sequence), (STEP_FILE, step), (PARTS_FILE, parts)):
-            (folder / name).write_bytes(graph if search is None else externalized(graph, folder))
-        (folder / TREND_FILE).write_bytes(trend)
+            (folder / name).write_bytes(graph.whole() if search is None else externalized(graph, folder))
+        (folder / TREND_FILE).write_bytes(trend.content)
         write_array(folder / TREND_COUNTS_FILE, latest)
         write_array(folder / ADDED_ITEMS_FILE, added.rows)
         _write_catalog(data, new, folder / MODEL_CATALOG_FILE)

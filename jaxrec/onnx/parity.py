@@ -1,7 +1,10 @@
 """Holds the ONNX graphs against JAX on a probe batch; a model whose answers differ is not exported."""
 
 import dataclasses
+import tempfile
+import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ from jaxrec.models.features import GAP_EDGES
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER
 from jaxrec.models.repeat import SeenScores
+from jaxrec.onnx.convert import Graph
 from jaxrec.onnx.signature import PARTS
 from jaxrec.onnx.weights import RECENT_WEIGHTS, Weights
 
@@ -110,7 +114,7 @@ def make_probe(item_count: int, max_history: int, seed: int = PROBE_SEED, allow_
 
 
 def check_parity(
-    hybrid: Hybrid, sequence: bytes, step: bytes, parts: bytes, trend: bytes, max_history: int
+    hybrid: Hybrid, sequence: Graph, step: Graph, parts: Graph, trend: Graph, max_history: int
 ) -> dict[str, Any]:
     """Runs the graphs with ONNX Runtime on the CPU beside `Hybrid.logits`, `Hybrid.parts` and `Hybrid.trend`.
 
@@ -124,23 +128,24 @@ def check_parity(
     item_count = len(hybrid.item_bias()) - 1
     probe = make_probe(item_count, max_history, allow_seen=hybrid.repeat is not None)
     logits, state, query = _jax_answer(hybrid, probe)
-    graphs = {"sequence.onnx": open_session(sequence), "step.onnx": open_session(step)}
-    everything = np.array([item_count], np.int64)
+    session, everything = open_session(sequence), np.array([item_count], np.int64)
 
-    answer = _run(graphs["sequence.onnx"], **probe.inputs(), k=everything)
+    answer = _run(session, **probe.inputs(), k=everything)
     differences = [_compare("sequence.onnx", answer, logits, state, probe.never())]
     of_query = _difference("sequence.onnx: queries", answer["query"], query)
     for at in range(PROBE_ROWS):
         row = probe.row(at)
-        alone = _run(graphs["sequence.onnx"], **row.inputs(), k=everything)
+        alone = _run(session, **row.inputs(), k=everything)
         name = f"sequence.onnx on row {at} alone"
         differences.append(_compare(name, alone, logits[at, None], state[at, None], row.never()))
-    replayed = _replay(graphs["step.onnx"], probe, everything, state.shape[1])
-    differences.append(_compare("step.onnx", replayed, logits, state, probe.never()))
-    of_query = max(of_query, _difference("step.onnx: queries", replayed["query"], query))
-    few = _run(graphs["sequence.onnx"], **probe.inputs(), k=np.array([min(3, item_count)], np.int64))
+    few = _run(session, **probe.inputs(), k=np.array([min(3, item_count)], np.int64))
     if not np.array_equal(few["items"], answer["items"][:, : few["items"].shape[1]]):
         raise ExportError("sequence.onnx: the 3 best items are not the first 3 of all items")
+    del session, answer
+    replayed = _replay(open_session(step), probe, everything, state.shape[1])
+    differences.append(_compare("step.onnx", replayed, logits, state, probe.never()))
+    of_query = max(of_query, _difference("step.onnx: queries", replayed["query"], query))
+    del replayed
     counts = np.random.default_rng(PROBE_SEED).exponential(size=(len(HALF_LIVES_S), item_count + 1))
     counts = np.where(counts < 1, 0, counts).astype(np.float32)
     found = _run(open_session(trend), counts=counts)["trend"]
@@ -161,7 +166,7 @@ def check_parity(
 
 
 def check_query_parity(
-    weights: Weights, sequence: bytes, sequence_query: bytes, step_query: bytes, max_history: int
+    weights: Weights, sequence: Graph, sequence_query: Graph, step_query: Graph, max_history: int
 ) -> float:
     """Holds the graphs that answer a query against `sequence.onnx`, which was verified: the query with the items'
     arrays must give its logits, and both must give its state, within TOLERANCE. Returns the largest difference.
@@ -249,15 +254,29 @@ def _parts_difference(hybrid: Hybrid, session: Any, state: np.ndarray, request_g
     return max(_difference(f"parts.onnx: {name}", found[:, :, at], expected[at]) for at, name in enumerate(PARTS))
 
 
-def open_session(graph: bytes) -> Any:
-    """ONNX Runtime on the CPU, one thread. Raises ExportError where it is not installed."""
+def open_session(graph: Graph, threads: int = 1) -> Any:
+    """ONNX Runtime on the CPU, which reads the graph's arrays where they are, as `serve` does; `threads` 0: as many as
+    there are cores. Raises ExportError where it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:
         raise ExportError(f'the export needs ONNX Runtime: pip install "jaxrec[serve]" ({error})') from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = threads
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in graph.arrays.items()}
+    with tempfile.TemporaryDirectory(prefix="jaxrec-") as folder:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        for name, value in values.items():
+            (Path(folder) / f"{name}.npy").touch()  # it asks that the file exists, though it has the content
+            options.add_initializer(name, value)
+        session = onnxruntime.InferenceSession(
+            graph.content,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"] if values else None,  # it would read the files
+        )
+    weakref.finalize(session, values.clear)  # they have to live as long
+    return session
 
 
 def _run(session: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:

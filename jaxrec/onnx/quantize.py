@@ -22,6 +22,8 @@ from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import TOP, Ranked, rank_cases
 from jaxrec.evaluation.scorers import Scorer
 from jaxrec.models.repeat import Repeat
+from jaxrec.onnx.convert import Graph
+from jaxrec.onnx.parity import open_session
 
 LEAST_OVERLAP = 0.99
 """Mean share of the first ten items that the quantized model keeps, in whatever order."""
@@ -29,29 +31,39 @@ MOST_NDCG_LOSS = 0.005
 """Of NDCG@10, relative. A gain is none."""
 
 
-def quantize_lstms(graph: bytes) -> bytes:
-    """The graph with int8 weights in its LSTMs, and the same inputs and outputs."""
+def quantize_lstms(graph: Graph) -> Graph:
+    """The graph with int8 weights in its LSTMs, and the same inputs, outputs and arrays."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load_from_string(graph.content)
+    # While it is quantized the arrays are inputs, or their data would be read.
+    inputs = list(model.graph.input)
+    arrays = [tensor for tensor in model.graph.initializer if tensor.name in graph.arrays]
+    for tensor in arrays:
+        model.graph.initializer.remove(tensor)
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     with tempfile.TemporaryDirectory() as folder, _quiet():
         out = Path(folder) / "int8.onnx"
         quantize_dynamic(
-            onnx.load_from_string(graph),
+            model,
             str(out),
             op_types_to_quantize=["LSTM"],
             weight_type=QuantType.QInt8,
             per_channel=True,
         )
-        quantized = out.read_bytes()
-    operators = [node.op_type for node in onnx.load_from_string(quantized).graph.node]
+        quantized = onnx.load_from_string(out.read_bytes())
+    del quantized.graph.input[:]
+    quantized.graph.input.extend(inputs)
+    quantized.graph.initializer.extend(arrays)
+    operators = [node.op_type for node in quantized.graph.node]
     if "LSTM" in operators or "DynamicQuantizeLSTM" not in operators:
         raise ExportError(f"int8: expected quantized LSTMs, found the operators {sorted(set(operators))}")
-    return quantized
+    return Graph(bytes(quantized.SerializeToString()), graph.arrays)
 
 
 def check_quality(
-    graph: bytes, quantized: bytes, data: PreparedData, max_history: int, repeat: Repeat | None = None
+    graph: Graph, quantized: Graph, data: PreparedData, max_history: int, repeat: Repeat | None = None
 ) -> dict[str, float]:
     """Compares the two `sequence.onnx` on the validation cases, with a request time and without a trend. `repeat`: of
     models that allow items of the history.
@@ -91,11 +103,9 @@ def _overlap(exact: np.ndarray, rough: np.ndarray) -> float:
     return len(np.intersect1d(items, rough)) / len(items) if len(items) else 1.0
 
 
-def graph_scorer(graph: bytes, item_count: int, repeat: Repeat | None = None) -> Scorer:
+def graph_scorer(graph: Graph, item_count: int, repeat: Repeat | None = None) -> Scorer:
     """Scores of all items by a `sequence.onnx`, as if each request had a time."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = open_session(graph, threads=0)
 
     def score(batch: CaseBatch) -> np.ndarray:
         events, rows = batch.events, len(batch.target)

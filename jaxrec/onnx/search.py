@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrec.data.prepared import PreparedData
 from jaxrec.onnx.ann_index import CANDIDATES_PER_ANSWER, INDEX_TOP, MANY, Index, build_index, probe_requests
-from jaxrec.onnx.convert import sequence_query_graph, step_query_graph
+from jaxrec.onnx.convert import Graph, sequence_query_graph, step_query_graph
 from jaxrec.onnx.parity import check_query_parity
 from jaxrec.onnx.quantize import quantize_lstms
 from jaxrec.onnx.signature import sequence_query_signature, step_query_signature
@@ -30,8 +30,8 @@ class Search:
     """Verified, and ready to be written."""
 
     weights: Weights = dataclasses.field(repr=False)
-    sequence_query: bytes = dataclasses.field(repr=False)
-    step_query: bytes = dataclasses.field(repr=False)
+    sequence_query: Graph = dataclasses.field(repr=False)
+    step_query: Graph = dataclasses.field(repr=False)
     index: Index = dataclasses.field(repr=False)
     parity: float
 
@@ -63,15 +63,15 @@ class Search:
         }
 
     def write(self, folder: Path) -> None:
-        (folder / SEQUENCE_QUERY_FILE).write_bytes(self.sequence_query)
-        (folder / STEP_QUERY_FILE).write_bytes(self.step_query)
+        (folder / SEQUENCE_QUERY_FILE).write_bytes(self.sequence_query.content)
+        (folder / STEP_QUERY_FILE).write_bytes(self.step_query.content)
         (folder / ANN_INDEX_FILE).write_bytes(self.index.content)
         for name in ARRAYS:
             write_array(folder / f"{name}.npy", getattr(self.weights, name))
 
 
 def make_search(
-    weights: Weights, sequence: bytes, trend: np.ndarray, data: PreparedData, max_history: int, int8: bool
+    weights: Weights, sequence: Graph, trend: np.ndarray, data: PreparedData, max_history: int, int8: bool
 ) -> Search:
     """Converts, verifies and measures; `sequence` is the verified float32 graph, `trend` [items + 1] that of the last
     event. Raises ExportError."""
@@ -88,18 +88,16 @@ def write_array(path: Path, array: np.ndarray) -> None:
     np.save(path, np.ascontiguousarray(array), allow_pickle=False)
 
 
-def externalized(graph: bytes, folder: Path) -> bytes:
-    """The graph with its items' arrays in the files of `folder`, which hold them already."""
+def externalized(graph: Graph, folder: Path) -> bytes:
+    """The graph with its items' arrays in the files of `folder`, which hold them already, and all others in it."""
     import onnx
 
-    model = onnx.load_from_string(graph)
+    own = {name: array for name, array in graph.arrays.items() if name not in (*ARRAYS, "item_vectors")}
+    model = onnx.load_from_string(dataclasses.replace(graph, arrays=own).whole())
     for tensor in model.graph.initializer:
-        path = folder / f"{tensor.name}.npy"
-        if tensor.name not in (*ARRAYS, "item_vectors"):
-            continue
-        length = len(tensor.raw_data)
-        onnx.external_data_helper.set_external_data(
-            tensor, path.name, offset=path.stat().st_size - length, length=length
-        )
-        tensor.ClearField("raw_data")
+        if tensor.name in graph.arrays and tensor.name not in own:
+            path, length = folder / f"{tensor.name}.npy", graph.arrays[tensor.name].nbytes
+            del tensor.external_data[:]
+            for key, value in (("location", path.name), ("offset", path.stat().st_size - length), ("length", length)):
+                tensor.external_data.add(key=key, value=f"{value}")
     return bytes(model.SerializeToString())

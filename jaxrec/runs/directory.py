@@ -232,12 +232,22 @@ def new_models(
     return lstm, content
 
 
-def read_cooccurrence(run: Run) -> tuple[Neighbours, np.ndarray | None]:
+def read_neighbours(run: Run) -> Neighbours:
+    """The neighbours that the run keeps. Raises DataError."""
+    return Neighbours(*_read_cooccurrence(run, "item", "weight"))
+
+
+def read_initial_embedding(run: Run) -> np.ndarray | None:
+    """What the run's item vectors start from [items + 1, embedding]; None: random vectors. Raises DataError."""
+    (start,) = _read_cooccurrence(run, "start")
+    return start if start.size else None
+
+
+def _read_cooccurrence(run: Run, *names: str) -> list[np.ndarray]:
     path = run.folder / NEIGHBOURS_FILE
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            start = arrays["start"]
-            return Neighbours(arrays["item"], arrays["weight"]), start if start.size else None
+            return [arrays[name] for name in names]
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({error}); train again") from error
 
@@ -305,7 +315,7 @@ def load_supervised(run: Run, data: PreparedData, reranker: bool = True) -> Hybr
     lstm = load_trained(lstm, run.train_config, run.folder / LSTM_FOLDER).model
     content = load_trained(content, run.train_config, run.folder / CONTENT_FOLDER).model
     new = place_new_items(run, data, lstm, content) if ranked else None
-    hybrid = Mix(**mix).hybrid(lstm, content, CoOccurrence(read_cooccurrence(run)[0]), new)
+    hybrid = Mix(**mix).hybrid(lstm, content, CoOccurrence(read_neighbours(run)), new)
     if new is not None:
         shift_logits(hybrid, new, ranked["shift"])
     learned = read_reranker(run, hybrid) if reranker else None

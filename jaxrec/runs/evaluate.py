@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from jaxrec.config import to_json
 from jaxrec.data.batches import gaps_at
@@ -21,7 +22,7 @@ from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import MetricsRow, rank_together, summarize
 from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, sequence_scorer
-from jaxrec.files import write_text
+from jaxrec.files import read_json, write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run, read_reranker
 from jaxrec.runs.policy import load_policy
@@ -71,7 +72,8 @@ def evaluate(run: Run | Path | str, seed: int = 0, max_cases: int | None = None)
             chosen on as many validation cases. None: all.
 
     Returns:
-        The metrics, which are also kept as RUN/evaluation.json; the export puts them into the manifest.
+        The metrics, which are also kept as RUN/evaluation.json; the export puts them into the manifest. Those of a
+        sample do not replace those of more test cases; one line on the terminal says so.
 
     Raises:
         DataError: The run or its data cannot be read.
@@ -138,8 +140,21 @@ def evaluate(run: Run | Path | str, seed: int = 0, max_cases: int | None = None)
             gain = ndcg(ranked[one, time].ranks, 10) - ndcg(ranked[other, time].ranks, 10)
             differences[f"{one}_less_{other}_ndcg_10"][label] = dataclasses.asdict(bootstrap(gain, resamples))
     evaluation = Evaluation(protocol, rows, serving, {HYBRID_OVER_RECENT: compared, **differences})
-    write_evaluation(evaluation, run.folder / EVALUATION_FILE)
+    path = run.folder / EVALUATION_FILE
+    kept = _test_cases(path) if max_cases is not None else 0
+    if kept > len(test):
+        tqdm.write(f"{path} stays: it is of {kept} test cases, this evaluation of {len(test)}")
+    else:
+        write_evaluation(evaluation, path)
     return evaluation
+
+
+def _test_cases(path: Path) -> int:
+    """How many test cases an evaluation ranked; 0 where there is no file."""
+    if not path.is_file():
+        return 0
+    protocol = read_json(path, "run `jaxrec evaluate` without --cases")["protocol"]
+    return int(protocol["test_cases"])
 
 
 def policies(run: Run, mix: Hybrid) -> tuple[dict[str, Hybrid], bool]:

@@ -28,7 +28,7 @@ from jaxrec.errors import DataError, TrainingStopped
 from jaxrec.files import new_file, sha256, write_text
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.neighbours import Neighbours, Together, initial_embedding, neighbours
+from jaxrec.models.neighbours import Together, initial_embedding, neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.runs.directory import (
     CONTENT_FOLDER,
@@ -48,10 +48,12 @@ from jaxrec.runs.directory import (
     open_run,
     place_new_items,
     read_content_heads,
-    read_cooccurrence,
+    read_initial_embedding,
+    read_neighbours,
 )
 from jaxrec.runs.tracking import begin, connect, tracked
 from jaxrec.training.content_head import ridge_head, train_head
+from jaxrec.training.host_memory import give_back_freed_memory
 from jaxrec.training.log import Track
 from jaxrec.training.loop import TrainedModel, known_share, require_trainable, train_model
 from jaxrec.training.mix import learn_mix
@@ -224,24 +226,27 @@ def _train_models(
     """Trains what is left of both models in all processes; the first one then makes the content heads and the mix."""
     out = run.folder
     with building_device(item_shards):
-        cooccurrence, start = _run_cooccurrence(run, share, stop)
+        _run_cooccurrence(run, share, stop)
+        start = read_initial_embedding(run)
         lstm, content_model = new_models(share.parts[0], run.model_config, run.train_config.seed, start)
+        del start  # of a large catalogue it is large
+        give_back_freed_memory()
         common = (mesh, checkpoint_config, run.data_version, stop, track)
         trained_lstm = train_model(lstm, share, run.train_config, out / LSTM_FOLDER, "TimeRatingAwareLSTM", *common)
+        give_back_freed_memory()
         trained_content = train_model(
             content_model, share, run.train_config, out / CONTENT_FOLDER, "TimeRatingAwareContentModel", *common
         )
         if any_process(stop())[0]:
             raise TrainingStopped(STOPPED_BEFORE_MIX)
-        trained = (trained_lstm, trained_content, CoOccurrence(cooccurrence))
-        in_first(lambda asked: _finish(run, *trained, asked), stop)
+        del lstm, content_model
+        in_first(lambda asked: _finish(run, trained_lstm, trained_content, asked), stop)
 
 
 def _finish(
     run: Run,
     trained_lstm: TrainedModel[TimeRatingAwareLSTM],
     trained_content: TrainedModel[TimeRatingAwareContentModel],
-    cooccurrence: CoOccurrence,
     stop: StopRequested,
 ) -> None:
     """Makes the content heads and the mix of trained models, from all of the data, in one process."""
@@ -255,8 +260,10 @@ def _finish(
     excludes_seen = run.train_config.excludes_seen
     _run_content_heads(run, data, *models, stop)
     stop_where_asked()
-    asked = (data, excludes_seen, stop_where_asked)
+    give_back_freed_memory()
+    asked, cooccurrence = (data, excludes_seen, stop_where_asked), CoOccurrence(read_neighbours(run))
     mix = learn_mix(trained_lstm.model, trained_content.model, cooccurrence, *asked)
+    give_back_freed_memory()
     new = place_new_items(run, data, *models)
     ranked = None
     if new is not None:
@@ -264,6 +271,7 @@ def _finish(
     whole = mix.hybrid(*models, cooccurrence, new)
     if new is not None and ranked is not None:
         shift_logits(whole, new, ranked.shift)
+    give_back_freed_memory()
     hidden = _tune_on_hidden_items(run, data, whole, excludes_seen, stop_where_asked)
     of_items = {"new_items": ranked, "hidden_items": hidden}
     shifts = {name: None if found is None else dataclasses.asdict(found) for name, found in of_items.items()}
@@ -345,14 +353,14 @@ def _write_run(run: Run) -> None:
     wait_for_all("run.json is written")
 
 
-def _run_cooccurrence(run: Run, share: TrainingShare, stop: StopRequested) -> tuple[Neighbours, np.ndarray | None]:
-    """The neighbours that the run keeps, and what its item vectors start from (None: at random). Where it has none yet
-    all processes count them, and the first writes them, so that all have the same."""
+def _run_cooccurrence(run: Run, share: TrainingShare, stop: StopRequested) -> None:
+    """Sees to it that the run has the neighbours that it keeps, and what its item vectors start from. Where it has none
+    yet all processes count them, and the first writes them, so that all read the same."""
     path, partial = run.folder / NEIGHBOURS_FILE, run.folder / NEIGHBOURS_PARTIAL_FOLDER
     missing = not path.is_file()
     wait_for_all("every process has seen whether the neighbours are to be counted")
     if not missing:
-        return read_cooccurrence(run)
+        return
 
     def empty_folder(asked: StopRequested) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # of a count that was interrupted
@@ -377,7 +385,6 @@ def _run_cooccurrence(run: Run, share: TrainingShare, stop: StopRequested) -> tu
     in_first(empty_folder)
     counted = neighbours(share, together=Together(jax.process_index(), jax.process_count(), partial, wait))
     in_first(write, stop)
-    return read_cooccurrence(run)
 
 
 def _run_content_heads(

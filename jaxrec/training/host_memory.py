@@ -1,4 +1,4 @@
-"""How the process keeps memory between training steps on a CPU."""
+"""How the process keeps memory between training steps on a CPU, and how it gives it back between stages."""
 
 import ctypes
 import sys
@@ -23,3 +23,15 @@ def keep_freed_memory() -> bool:
     # One arena, grown at its end in large pieces and never trimmed: no block is mapped by itself.
     settings = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26}
     return all([mallopt(name, value) == 1 for name, value in settings.items()])
+
+
+def give_back_freed_memory() -> None:
+    """Gives memory that is free now back to the system, also after `keep_freed_memory`: for between two stages.
+
+    Arrays of a stage are of other sizes than those of the stage before, and seldom fit where these were. Does nothing
+    outside Linux with the GNU C library.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -211,9 +211,10 @@ class _Training(Generic[SequenceModel]):
         """The model of the best epoch, on one device of this process."""
         best = self.progress.best_epoch()
         assert best is not None
-        number = best["checkpoint"]
-        saved = self.checkpoints.read_progress(number)
-        state = restored_state(self.checkpoints, number, saved, self.state, self.progress)
+        number, state = best["checkpoint"], self.state
+        if number != self.checkpoints.latest():
+            saved = self.checkpoints.read_progress(number)
+            state = restored_state(self.checkpoints, number, saved, state, self.progress)
         return _plain_model(self.graphdef, local_view(state, self.mesh), self.model)
 
     def _finished(self) -> bool:

@@ -16,7 +16,7 @@ from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.errors import TrainingError
 from jaxrec.evaluation.baselines import cooccurrence_scorer
 from jaxrec.evaluation.metrics import ndcg
-from jaxrec.evaluation.ranking import in_time, rank_cases
+from jaxrec.evaluation.ranking import batch_size, in_time, rank_cases
 from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid, MixWeights
@@ -24,6 +24,7 @@ from jaxrec.models.masks import NEVER
 from jaxrec.models.repeat import FEATURES, STEPS, TABLE_SIZE, Repeat, seen_buckets
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.trend import VIEWS, Trend, traffic_scale, trend_views
+from jaxrec.training.host_memory import give_back_freed_memory
 
 MAX_MIX_CASES = 5_000
 BEST_OF_EACH = 100  # items of each part that are always among a case's candidates
@@ -34,7 +35,7 @@ PENALTY = 10.0  # in cases, of each squared weight of the trend, times its view'
 SEEN = 200  # items of the history with the latest events, which are always among a case's candidates where allowed
 TABLE_PENALTY = 0.03  # of the squared numbers in the table of repeats, in cases
 STEP_PENALTY = 3.0  # of the squared differences between the numbers of neighbouring buckets there, in cases
-FIT = {"maxiter": 200, "ftol": 1e-12, "gtol": 1e-7, "maxcor": 30}  # the loss is flat around its minimum
+FIT = {"maxiter": 2000, "ftol": 1e-12, "gtol": 1e-7, "maxcor": 30}  # the loss is flat around its minimum
 BLOCK = 64  # cases whose columns are float64 at a time
 
 
@@ -138,6 +139,7 @@ def learn_mix(
     scorers = sequence_scorer(lstm), sequence_scorer(content), cooccurrence_scorer(cooccurrence)
     asked = data, cases, lstm.config.max_length
     found = collect_candidates(scorers, *asked, counts, typical, exclude_seen, before_batch)
+    give_back_freed_memory()
     if not np.isfinite(found.parts).all():
         raise TrainingError(
             "a score of a model or of co-occurrence is not finite; both models are trained and saved, no mix is written"
@@ -195,14 +197,14 @@ def fit_weights(
         return first.astype(np.float32)  # every target is excluded: there is nothing to learn from
     bounds = [(0, None)] * len(start) + [(None, None)] * others
     of_columns = units(found, start)
-    objective, unit = penalized_loss(found, start, of_columns), np.append(of_columns, np.ones(others - views))
+    objective, unit = penalized_loss(found, start, of_columns), np.append(of_columns, table_units(found))
     unit[unit == 0] = 1.0
 
     def of_scaled(scaled: np.ndarray) -> tuple[float, np.ndarray]:
         loss, gradient = objective(scaled / unit)
         return loss, gradient / unit
 
-    # Scaled to like variances, the columns need half as many iterations.
+    # Scaled to like curvatures, weights and numbers need half as many iterations.
     result = scipy.optimize.minimize(
         of_scaled,
         first * unit,
@@ -278,6 +280,19 @@ def units(found: Candidates, start: Sequence[float]) -> np.ndarray:
     )
 
 
+def table_units(found: Candidates) -> np.ndarray:
+    """[TABLE_SIZE], or [0] where items of the history are excluded: what a number of the table is multiplied with where
+    it is fitted. Its square is the variance of having the place, over all candidates, plus the curvature of the
+    penalties: for most places there are few candidates, and the penalties say more than these."""
+    cases, repeated, _ = found.repeats.shape
+    if not repeated:
+        return np.zeros(0)
+    share = np.bincount(found.repeats.ravel(), minlength=TABLE_SIZE) / found.log_weight.size
+    share[0] = 0.0  # the place of items that are not of the history
+    neighbours = np.bincount(np.concatenate([STEPS, STEPS + 1]), minlength=TABLE_SIZE)
+    return np.sqrt(share * (1 - share) + 2 * (TABLE_PENALTY + STEP_PENALTY * neighbours) / cases)
+
+
 def typical_events(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:
     """[half-lives] float32: the mean over the times [n] int64 (seconds) of the sum of all items' decayed counts."""
     totals = [counts.before(np.array([time])).sum(axis=2)[0] for time in np.sort(times)]
@@ -309,7 +324,8 @@ def collect_candidates(
     rng, new = np.random.default_rng(0), data.train_popularity() == 0
     collected = []
     ordered, _ = in_time(data, cases)
-    batches = map(_every_second_with_time, case_batches(data, ordered, max_length, exclude_seen=exclude_seen))
+    size, half_lives = batch_size(len(cases), len(data.catalog)), np.arange(len(HALF_LIVES_S))[:, None]
+    batches = map(_every_second_with_time, case_batches(data, ordered, max_length, size, exclude_seen))
     for number, batch in enumerate(batches):
         before_batch()
         parts = np.stack([np.asarray(score(batch)) for score in scorers], axis=1)
@@ -318,15 +334,16 @@ def collect_candidates(
         if not exclude_seen:
             seen, of_seen = seen_candidates(batch)
         chosen, log_weight = choose(parts, decayed, batch, new, rng, seen)
-        real = len(cases) - number * len(batch.target)  # the last batch is filled up
+        real = len(cases) - number * size  # the last batch is filled up
         lost = (batch.exclude == batch.target[:, None]).any(axis=1) | new[batch.target]
         kept = np.flatnonzero(~lost[:real])
         scale = np.asarray(traffic_scale(jnp.asarray(decayed.sum(axis=2)), jnp.asarray(typical)))
-        places = chosen[kept, None]
-        scaled = np.take_along_axis(decayed[kept], places, axis=2) * scale[kept, :, None]
+        row, places = kept[:, None, None], chosen[kept, None]
+        scaled = decayed[row, half_lives, places] * scale[kept, :, None]
         views = np.asarray(trend_views(jnp.asarray(scaled)))
         views = views.reshape(len(kept), VIEWS * len(HALF_LIVES_S), chosen.shape[1])
-        collected.append((np.take_along_axis(parts[kept], places, axis=2), views, log_weight[kept], of_seen[kept]))
+        of_parts = parts[row, np.arange(len(scorers))[:, None], places]
+        collected.append((of_parts, views, log_weight[kept], of_seen[kept]))
     return Candidates(*map(np.concatenate, zip(*collected, strict=True)))
 
 

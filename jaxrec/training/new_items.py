@@ -17,7 +17,7 @@ from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.evaluation.metrics import rank_of_target
-from jaxrec.evaluation.ranking import in_time, without_request_time
+from jaxrec.evaluation.ranking import batch_size, in_time, without_request_time
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.hybrid import Hybrid
@@ -96,12 +96,12 @@ def tune_shift(
         The shift, and what it costs; 0 where no known item is among the first TOP.
     """
     cases, _ = in_time(data, data.split.validation.at_most(MAX_MIX_CASES))
-    max_length = hybrid.lstm.config.max_length
+    max_length, size = hybrid.lstm.config.max_length, batch_size(len(cases), len(data.catalog))
     scorer, where = hybrid_scorer(hybrid, counts or DecayedCounts.of(data)), jnp.asarray(new)
 
     def largest_shifts(asked: Callable[[CaseBatch], CaseBatch]) -> np.ndarray:
         found = []
-        for batch in map(asked, case_batches(data, cases, max_length, exclude_seen=exclude_seen)):
+        for batch in map(asked, case_batches(data, cases, max_length, size, exclude_seen)):
             before_batch()
             found.append(np.asarray(_largest_shifts(scorer(batch), where, batch.target, batch.exclude)))
         return np.concatenate([np.empty(0), *found])[: len(cases)]

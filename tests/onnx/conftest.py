@@ -82,8 +82,8 @@ def exported(
     def convert(folder: Path) -> None:
         weights = extract_weights(hybrid)
         folder.mkdir()
-        (folder / "sequence.onnx").write_bytes(sequence_graph(weights))
-        (folder / "step.onnx").write_bytes(step_graph(weights))
+        (folder / "sequence.onnx").write_bytes(sequence_graph(weights).whole())
+        (folder / "step.onnx").write_bytes(step_graph(weights).whole())
 
     return _exported(hybrid, made_once(tmp_path_factory, f"graphs of {request.param}", convert))
 

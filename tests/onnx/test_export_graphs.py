@@ -15,7 +15,7 @@ from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.linear import RANK
 from jaxrec.models.summary import NUMBERS
 from jaxrec.onnx import convert
-from jaxrec.onnx.convert import parts_graph, sequence_graph, step_graph, trend_graph
+from jaxrec.onnx.convert import Graph, parts_graph, sequence_graph, step_graph, trend_graph
 from jaxrec.onnx.parity import check_parity, make_probe
 from jaxrec.onnx.weights import LSTMWeights, TrendWeights, Weights, extract_weights
 
@@ -184,7 +184,7 @@ def test_gate_order_by_hand() -> None:
             [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0],
         )
     )
-    session = onnxruntime.InferenceSession(step_graph(weights), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(step_graph(weights).whole(), providers=["CPUExecutionProvider"])
     nothing = [0.0] * RECENT_ITEMS
     state = np.array([[0.3, 0.9, 0.0, 0.5, *nothing]], np.float32)  # h, c of the LSTM; h, c of the content model
     inputs = {
@@ -214,6 +214,19 @@ def test_gate_order_by_hand() -> None:
     np.testing.assert_allclose(scores, [[2 * h_lstm + 3 * h_content + 0.5]], atol=1e-6)
 
 
+def test_a_graph_has_the_arrays_of_the_items_beside_it(small_hybrid: Hybrid) -> None:
+    """All graphs share them: of a large catalogue each copy takes more than a gigabyte."""
+    weights = extract_weights(small_hybrid)
+    for graph in (sequence_graph(weights), step_graph(weights), parts_graph(weights)):
+        assert all(array is getattr(weights, name) for name, array in graph.arrays.items())
+        outside = [one for one in onnx.load_from_string(graph.content).graph.initializer if one.name in graph.arrays]
+        assert sorted(one.name for one in outside) == sorted(graph.arrays)
+        assert {len(one.raw_data) for one in outside} == {0}
+        for one in onnx.load_from_string(graph.whole()).graph.initializer:
+            if one.name in graph.arrays:
+                np.testing.assert_array_equal(onnx.numpy_helper.to_array(one), graph.arrays[one.name])
+
+
 def tampered(weights: Weights, name: str) -> Weights:
     """The weights with one number of `name` moved by 0.01."""
     array = getattr(weights, name).copy()
@@ -225,14 +238,14 @@ def tampered(weights: Weights, name: str) -> Weights:
 def test_one_number_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path, name: str) -> None:
     sequence = sequence_graph(tampered(extract_weights(small_hybrid), name))
     names = ("step.onnx", "parts.onnx", "trend.onnx")
-    step, parts, trend = ((model_directory / name).read_bytes() for name in names)
+    step, parts, trend = (Graph((model_directory / name).read_bytes()) for name in names)
     with pytest.raises(ExportError, match=r"sequence\.onnx: \w+ differ from JAX by up to .*, tolerance 0\.0001"):
         check_parity(small_hybrid, sequence, step, parts, trend, max_history=50)
 
 
 def test_a_step_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path) -> None:
     names = ("sequence.onnx", "parts.onnx", "trend.onnx")
-    sequence, parts, trend = ((model_directory / name).read_bytes() for name in names)
+    sequence, parts, trend = (Graph((model_directory / name).read_bytes()) for name in names)
     weights = extract_weights(small_hybrid)
     swapped = step_graph(dataclasses.replace(weights, lstm=weights.content, content=weights.lstm))
     with pytest.raises(ExportError, match=r"step\.onnx: states differ from JAX"):
@@ -241,7 +254,7 @@ def test_a_step_that_differs_is_found(small_hybrid: Hybrid, model_directory: Pat
 
 def test_parts_that_differ_are_found(small_hybrid: Hybrid, model_directory: Path) -> None:
     names = ("sequence.onnx", "step.onnx", "trend.onnx")
-    sequence, step, trend = ((model_directory / name).read_bytes() for name in names)
+    sequence, step, trend = (Graph((model_directory / name).read_bytes()) for name in names)
     parts = parts_graph(tampered(extract_weights(small_hybrid), "part_bias"))
     with pytest.raises(ExportError, match=r"parts\.onnx: lstm differ from JAX"):
         check_parity(small_hybrid, sequence, step, parts, trend, max_history=50)
@@ -249,7 +262,7 @@ def test_parts_that_differ_are_found(small_hybrid: Hybrid, model_directory: Path
 
 def test_a_trend_that_differs_is_found(small_hybrid: Hybrid, model_directory: Path) -> None:
     names = ("sequence.onnx", "step.onnx", "parts.onnx")
-    sequence, step, parts = ((model_directory / name).read_bytes() for name in names)
+    sequence, step, parts = (Graph((model_directory / name).read_bytes()) for name in names)
     weights = extract_weights(small_hybrid)
     other = TrendWeights(weights.trend.views + np.float32(0.01), weights.trend.typical)
     trend = trend_graph(dataclasses.replace(weights, trend=other))
@@ -261,7 +274,7 @@ def test_trend_by_hand(small_hybrid: Hybrid) -> None:
     """One half-life counts: 2 events of item 1 and 6 of item 2, where 8 are usual. The scale is 2 * 8 / (8 + 8) = 1."""
     views = np.array([[0.0, 3.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0, 0.0, 0.0]], np.float32)
     weights = dataclasses.replace(extract_weights(small_hybrid), trend=TrendWeights(views, np.full(6, 8, np.float32)))
-    session = onnxruntime.InferenceSession(trend_graph(weights), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(trend_graph(weights).content, providers=["CPUExecutionProvider"])
     counts = np.ones((6, 4), np.float32)
     counts[1] = [0, 2, 6, 0]
     (trend,) = session.run(["trend"], {"counts": counts})
@@ -292,4 +305,4 @@ def test_an_lstm_that_is_not_fused_is_an_error(small_hybrid: Hybrid, monkeypatch
 def test_zero_weights_are_no_special_case() -> None:
     zeros = [0.0] * 12
     graph = sequence_graph(one_unit_weights((zeros, zeros)))
-    assert [node.op_type for node in onnx.load_from_string(graph).graph.node].count("LSTM") == 2
+    assert [node.op_type for node in onnx.load_from_string(graph.content).graph.node].count("LSTM") == 2

@@ -14,6 +14,7 @@ from jaxrec.evaluation.ranking import Ranked, rank_cases
 from jaxrec.evaluation.scorers import hybrid_scorer
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.onnx import quantize
+from jaxrec.onnx.convert import Graph
 from jaxrec.onnx.model_directory import export_model
 from jaxrec.onnx.parity import make_probe
 from jaxrec.onnx.quantize import check_quality, compare_ranked, graph_scorer, quantize_lstms
@@ -29,7 +30,7 @@ def test_scorer_of_the_graph_ranks_as_jax_does(
     cases = small_data.split.validation
     found, expected = (
         rank_cases(scorer, small_data, cases, 50, request_time=True)
-        for scorer in (graph_scorer(graph, len(small_data.catalog)), hybrid_scorer(small_hybrid))
+        for scorer in (graph_scorer(Graph(graph), len(small_data.catalog)), hybrid_scorer(small_hybrid))
     )
     np.testing.assert_array_equal(found.top, expected.top)
     np.testing.assert_array_equal(found.ranks, expected.ranks)
@@ -39,7 +40,8 @@ def test_scorer_of_the_graph_ranks_as_jax_does(
 def test_quantized_graph_keeps_the_contract(model_directory: Path, name: str) -> None:
     graph = (model_directory / f"{name}.onnx").read_bytes()
     exact, rough = (
-        onnxruntime.InferenceSession(one, providers=["CPUExecutionProvider"]) for one in (graph, quantize_lstms(graph))
+        onnxruntime.InferenceSession(one, providers=["CPUExecutionProvider"])
+        for one in (graph, quantize_lstms(Graph(graph)).content)
     )
     for of in ("get_inputs", "get_outputs"):
         described = [[(node.name, node.type, node.shape) for node in getattr(one, of)()] for one in (exact, rough)]
@@ -82,7 +84,7 @@ def test_a_quantized_graph_that_ranks_better_is_kept(
     monkeypatch.setattr(quantize, "LEAST_OVERLAP", 0.0)
     monkeypatch.setattr(quantize, "MOST_NDCG_LOSS", 1.0)
     graph = (model_directory / "sequence.onnx").read_bytes()
-    both = graph, quantize_lstms(graph)
+    both = Graph(graph), quantize_lstms(Graph(graph))
     of_lengths = ((length, check_quality(*both, small_data, length)) for length in range(50, 2, -1))
     length, figures = next((n, one) for n, one in of_lengths if one["ndcg_10_float32"] != one["ndcg_10_int8"])
     worse, better = both if figures["ndcg_10_float32"] < figures["ndcg_10_int8"] else both[::-1]
@@ -122,7 +124,7 @@ def test_a_quantized_model_that_may_repeat_is_compared_on_all_items(
 def test_without_a_validation_case_nothing_is_said_to_be_kept(small_data: PreparedData) -> None:
     none = dataclasses.replace(small_data.split, validation=small_data.split.validation.at_most(0))
     with pytest.raises(ExportError, match=r"^int8: no validation case is left"):
-        check_quality(b"", b"", dataclasses.replace(small_data, split=none), 50)
+        check_quality(Graph(b""), Graph(b""), dataclasses.replace(small_data, split=none), 50)
 
 
 def test_a_model_that_gets_worse_is_not_exported(
@@ -136,7 +138,7 @@ def test_a_model_that_gets_worse_is_not_exported(
     monkeypatch.setattr(quantize, "LEAST_OVERLAP", 1.0)
     graph = (model_directory / "sequence.onnx").read_bytes()
     with pytest.raises(ExportError, match=r"^int8: on 40 validation cases"):
-        check_quality(graph, quantize_lstms(graph), small_data, 50)
+        check_quality(Graph(graph), quantize_lstms(Graph(graph)), small_data, 50)
     with pytest.raises(ExportError, match=r"^int8: .*export without --int8$"):
         export_model(
             *(small_hybrid, small_data, tmp_path / "model"),

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import json
 from pathlib import Path
 
 import jax
@@ -129,6 +130,20 @@ def test_some_of_the_cases_are_ranked_if_that_is_asked(run: Run) -> None:
     whole = jaxrec.evaluate(run.folder, max_cases=1_000)
     assert whole.protocol["test_cases"] == 60
     assert "Means over 60 test cases" in str(whole)
+
+
+def test_an_evaluation_replaces_none_of_more_cases(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    path, kept = run.folder / EVALUATION_FILE, []
+    path.unlink(missing_ok=True)
+    for cases in (20, 30, 20, None, 30, None):
+        jaxrec.evaluate(run.folder, max_cases=cases)
+        kept.append(json.loads(path.read_text())["protocol"]["test_cases"])
+    assert kept == [20, 30, 30, 60, 60, 60]
+    said = [line for line in capsys.readouterr().out.splitlines() if "stays" in line]
+    assert said == [
+        f"{path} stays: it is of 30 test cases, this evaluation of 20",
+        f"{path} stays: it is of 60 test cases, this evaluation of 30",
+    ]
 
 
 def test_new_data_removes_all_that_depends_on_the_old(run: Run, log: pd.DataFrame, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Memory that a step has freed is used again by the next step."""
+"""Memory that a step has freed is used again by the next step, and goes back to the system between stages."""
 
 import subprocess
 import sys
@@ -40,3 +40,31 @@ def test_steps_fault_in_no_new_pages() -> None:
         for way in ("keep", "as it is")
     }
     assert faults["keep"] < 0.3 * faults["as it is"]
+
+
+HELD = """
+from pathlib import Path
+import numpy as np
+from jaxrec.training.host_memory import give_back_freed_memory, keep_freed_memory
+
+
+def resident_mb():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1e3
+
+
+assert keep_freed_memory()
+before = resident_mb()
+freed, kept = np.ones(25_000_000), np.ones(1_000_000)  # 200 MB, and 8 MB above them in the heap
+del freed
+after = resident_mb()
+give_back_freed_memory()
+print(after - before, resident_mb() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc of the GNU C library")
+def test_freed_memory_is_given_back_where_that_is_asked() -> None:
+    ran = subprocess.run([sys.executable, "-c", HELD], check=True, capture_output=True, text=True)
+    kept_mb, left_mb = map(float, ran.stdout.split())
+    assert kept_mb > 190
+    assert left_mb < 50

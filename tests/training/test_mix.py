@@ -13,16 +13,17 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, TIME, USER
 from jaxrec.data.trend import HALF_LIVES_S, DecayedCounts
 from jaxrec.errors import TrainingError, TrainingStopped
+from jaxrec.evaluation.baselines import cooccurrence_scorer
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import rank_cases
-from jaxrec.evaluation.scorers import hybrid_scorer
+from jaxrec.evaluation.scorers import hybrid_scorer, sequence_scorer
 from jaxrec.models.cooccurrence import CoOccurrence
 from jaxrec.models.masks import NEVER
 from jaxrec.models.neighbours import neighbours
 from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareLSTM
 from jaxrec.models.trend import VIEWS
 from jaxrec.training import mix
-from jaxrec.training.mix import Candidates, choose, fit_weights, learn_mix
+from jaxrec.training.mix import Candidates, choose, collect_candidates, fit_weights, learn_mix, typical_events
 
 WIDTH = VIEWS * len(HALF_LIVES_S)
 
@@ -125,6 +126,16 @@ def untrained(data: PreparedData) -> tuple[TimeRatingAwareLSTM, TimeRatingAwareC
         TimeRatingAwareContentModel(len(data.catalog), data.catalog.genre_matrix(), SMALL, rngs=rngs),
         CoOccurrence(neighbours(data)),
     )
+
+
+def candidates_of(log: pd.DataFrame) -> Candidates:
+    """Of the validation cases of a log, by models that were not trained; items of the history are candidates."""
+    data = prepare(log, None, PrepareConfig(1, 1))
+    lstm, content, cooccurrence = untrained(data)
+    scorers = sequence_scorer(lstm), sequence_scorer(content), cooccurrence_scorer(cooccurrence)
+    cases, counts = data.split.validation, DecayedCounts.of(data)
+    typical = typical_events(counts, data.histories.times[cases.rows])
+    return collect_candidates(scorers, data, cases, SMALL.max_length, counts, typical, exclude_seen=False)
 
 
 def log_of(items: np.ndarray, days: np.ndarray) -> PreparedData:

@@ -34,6 +34,8 @@ MORE = 1.5
 The share is that among all items. Among the best items of a query it may be smaller."""
 CHECKED_QUERIES = 16
 CHECKED_ITEMS = 10
+LOOKED_AT = 4096
+"""Item vectors, evenly spaced, among which queries for the check are chosen."""
 LEAST_KEPT = 0.5
 """Share of the best CHECKED_ITEMS of the exact product that must be candidates, over the CHECKED_QUERIES.
 
@@ -117,7 +119,8 @@ class Search:
         if kept < LEAST_KEPT:
             raise ArtifactError(
                 f"{files.path}: its candidates hold {kept:.2f} of the best items of {CHECKED_QUERIES} queries, expected"
-                f" {LEAST_KEPT} or more: it is an index of other items than {artifact.directory / 'item_vectors.npy'}"
+                f" {LEAST_KEPT} or more: it is an index of other items than {artifact.directory / 'item_vectors.npy'},"
+                " or the items are too much alike for an index; export the model again, or use --search exact"
             )
 
     def trending(self, trend: NDArray[np.float32]) -> Trending:
@@ -236,11 +239,16 @@ class Search:
         return found
 
     def _kept(self) -> float:
-        """The share of the best items that are among the candidates, with some of the item vectors as queries."""
-        rows = np.linspace(1, self._count, CHECKED_QUERIES).astype(np.int64)
-        query = self.item_vectors[rows]
+        """The share of the best items that are among the candidates, with some of the item vectors as queries.
+
+        None of them is zero, if there are others: new items have such vectors, and no request has such a query. The
+        best items would be those with the highest bias, which says little of the index.
+        """
+        query = self.item_vectors[np.unique(np.linspace(1, self._count, LOOKED_AT).astype(np.int64))]
+        query = query[query.any(axis=1)] if query.any() else query
+        query = query[np.linspace(0, len(query) - 1, CHECKED_QUERIES).astype(np.int64)]
         k = min(CHECKED_ITEMS, self._count)
-        counts = np.full(len(rows), self._candidates + self._candidates_per_answer * k)
+        counts = np.full(len(query), self._candidates + self._candidates_per_answer * k)
         scores = self.item_vectors @ query.T + self._bias[:, None]
         scores[0] = NEVER
         least = np.partition(scores, len(scores) - k, axis=0)[len(scores) - k]

@@ -137,8 +137,24 @@ def shuffled(artifact: Artifact) -> Artifact:
 
 
 def test_an_index_of_other_items_is_refused(large: Artifact) -> None:
-    with pytest.raises(ArtifactError, match=r"items\.faiss: its candidates hold 0\.\d+ of the best items"):
+    with pytest.raises(
+        ArtifactError, match=r"items\.faiss: its candidates hold 0\.\d+ of the best items .* other items"
+    ):
         Engine(shuffled(large), "cpu")
+
+
+def test_items_with_zero_vectors_make_no_index_of_other_items(large: Artifact) -> None:
+    """In a catalogue of which most items are new."""
+    index = faiss.deserialize_index(np.frombuffer(index_of(large).content, np.uint8))
+    vectors, bias = np.array(large.item_vectors), np.array(index_of(large).item_bias)
+    vectors[np.arange(len(vectors)) % 19 > 0] = 0
+    bias[1:] /= 1e6  # less than the index tells apart
+    index.reset()
+    index.add(index_points(vectors[1:], bias[1:]))
+    files = dataclasses.replace(index_of(large), content=bytes(faiss.serialize_index(index)), item_bias=bias)
+    Search(dataclasses.replace(large, item_vectors=vectors), files)
+    with pytest.raises(ArtifactError, match="an index of other items"):
+        Search(dataclasses.replace(large, item_vectors=np.roll(vectors, 7, axis=0)), files)
 
 
 def test_an_answer_does_not_depend_on_its_neighbours(large: Artifact) -> None:
