@@ -14,7 +14,7 @@ from jaxrec.cli.options import EXISTING_FOLDER, NEW_FILE, SEED
 @click.option(
     "--cases",
     type=click.IntRange(1),
-    help="Test cases to rank, evenly spaced; their figures replace none of more cases in RUN.  [default: all]",
+    help="Test cases to rank, evenly spaced. RUN/evaluation.json stays if it has more.  [default: all]",
 )
 def evaluate(run: Path, json_file: Path | None, seed: int, cases: int | None) -> None:
     """Ranks the test cases of RUN's data with its models, its policy and the baselines, and prints the metrics."""

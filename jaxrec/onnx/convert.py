@@ -28,12 +28,13 @@ _LOOPS = {"Loop", "Scan", "If"}
 _SEQUENCE_LENS = 4  # the place of the lengths among the inputs of ONNX' LSTM
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
     """An ONNX model, and the items' arrays that it reads, which many graphs share.
 
     Attributes:
-        content: The model. The arrays are initializers of it whose data lies in files (ONNX' external data), NAME.npy.
+        content: The model. The arrays are initializers of it whose data lies elsewhere (ONNX' external data); the files
+            that it names, NAME.npy, stand for them until `whole` or `jaxrec.onnx.search.externalized` is written.
         arrays: By name.
     """
 

@@ -20,7 +20,7 @@ from jaxrec.models.repeat import EDGES, FEATURE_NAMES
 from jaxrec.onnx.added_items import ContentHeads, added_items
 from jaxrec.onnx.ann_index import FROM_ITEMS
 from jaxrec.onnx.convert import parts_graph, sequence_graph, step_graph, trend_graph
-from jaxrec.onnx.parity import check_parity
+from jaxrec.onnx.parity import check_parity, check_written
 from jaxrec.onnx.quantize import check_quality, quantize_lstms
 from jaxrec.onnx.search import externalized, make_search, write_array
 from jaxrec.onnx.signature import (
@@ -126,6 +126,8 @@ def export_model(
             search.write(folder)
         for name, graph in ((SEQUENCE_FILE, sequence), (STEP_FILE, step), (PARTS_FILE, parts)):
             (folder / name).write_bytes(graph.whole() if search is None else externalized(graph, folder))
+        for name, graph in ((SEQUENCE_FILE, sequence), (STEP_FILE, step)):
+            check_written(folder / name, graph, weights.item_count, max_history, weights.allow_seen)
         (folder / TREND_FILE).write_bytes(trend.content)
         write_array(folder / TREND_COUNTS_FILE, latest)
         write_array(folder / ADDED_ITEMS_FILE, added.rows)

@@ -165,6 +165,21 @@ def check_parity(
     }
 
 
+def check_written(path: Path, graph: Graph, item_count: int, max_history: int, allow_seen: bool) -> None:
+    """Runs a written `sequence.onnx` or `step.onnx`, as a server without an index opens it, beside the graph that was
+    verified. Raises ExportError where the answers differ by more than TOLERANCE."""
+    probe, k = make_probe(item_count, max_history, allow_seen=allow_seen), np.array([min(100, item_count)], np.int64)
+
+    def answer(session: Any) -> dict[str, np.ndarray]:
+        widths = [one.shape[1] for one in session.get_inputs() if one.name == "state"]
+        return _replay(session, probe, k, *widths) if widths else _run(session, **probe.inputs(), k=k)
+
+    expected = answer(open_session(graph))
+    for name, found in answer(open_session(path)).items():
+        if name != "items":  # those of equal scores may change places
+            _difference(f"{path.name}: {name} of the file", found, expected[name], "those of the verified graph")
+
+
 def check_query_parity(
     weights: Weights, sequence: Graph, sequence_query: Graph, step_query: Graph, max_history: int
 ) -> float:
@@ -174,7 +189,7 @@ def check_query_parity(
     Raises ExportError.
     """
     probe = make_probe(weights.item_count, max_history, allow_seen=weights.allow_seen)
-    whole, of_sequence, of_step = (open_session(graph) for graph in (sequence, sequence_query, step_query))
+    whole, of_sequence = open_session(sequence), open_session(sequence_query)
     answer = _run(whole, **probe.inputs(), k=np.array([min(100, weights.item_count)], np.int64))
     events = {name: array for name, array in probe.inputs().items() if name not in OF_ANSWER}
     found = _run(of_sequence, **events, vector=weights.item_vectors[probe.item])
@@ -186,6 +201,7 @@ def check_query_parity(
     # Excluded items are last, where there are few others.
     expected = np.where(answer["scores"] > NEVER / 2, answer["scores"], scores)
     difference = max(difference, _difference("sequence_query.onnx: logits", scores, expected))
+    befores = []
     for at in range(PROBE_ROWS):
         row, last = probe.row(at), probe.length[at] - 1
         before = np.zeros((1, weights.state_width), np.float32)
@@ -193,6 +209,11 @@ def check_query_parity(
             shorter = {name: getattr(row, name)[:, :last] for name in ("item", "rating", "gap")}
             rest = {name: array for name, array in row.inputs().items() if name in ("request_gap", *OF_ANSWER)}
             before = _run(whole, **shorter, length=row.length - 1, **rest, k=np.array([1], np.int64))["state"]
+        befores.append(before)
+    del whole, of_sequence
+    of_step = open_session(step_query)
+    for at, before in enumerate(befores):
+        row, last = probe.row(at), probe.length[at] - 1
         event = {name: getattr(row, name)[:, last] for name in ("item", "rating", "gap")}
         vector = weights.item_vectors[event["item"]]
         stepped = _run(of_step, state=before, vector=vector, **event, request_gap=row.request_gap)
@@ -254,15 +275,17 @@ def _parts_difference(hybrid: Hybrid, session: Any, state: np.ndarray, request_g
     return max(_difference(f"parts.onnx: {name}", found[:, :, at], expected[at]) for at, name in enumerate(PARTS))
 
 
-def open_session(graph: Graph, threads: int = 1) -> Any:
-    """ONNX Runtime on the CPU, which reads the graph's arrays where they are, as `serve` does; `threads` 0: as many as
-    there are cores. Raises ExportError where it is not installed."""
+def open_session(graph: Graph | Path, threads: int = 1) -> Any:
+    """ONNX Runtime on the CPU; arrays of a Graph are read where they are, as by `serve.model.graphs`. `threads` 0: as
+    many as there are cores. Raises ExportError where it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:
         raise ExportError(f'the export needs ONNX Runtime: pip install "jaxrec[serve]" ({error})') from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if isinstance(graph, Path):
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in graph.arrays.items()}
     with tempfile.TemporaryDirectory(prefix="jaxrec-") as folder:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
@@ -334,13 +357,13 @@ def _compare(
     return logit_difference, state_difference
 
 
-def _difference(what: str, found: np.ndarray, expected: np.ndarray) -> float:
+def _difference(what: str, found: np.ndarray, expected: np.ndarray, other: str = "JAX") -> float:
     difference = np.abs(found - expected)
     largest = float(difference.max())
     if not largest <= TOLERANCE:  # so that NaN fails too
         row, column = np.unravel_index(np.argmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)
         raise ExportError(
-            f"{what} differ from JAX by up to {largest:.3g}, tolerance {TOLERANCE:g} "
+            f"{what} differ from {other} by up to {largest:.3g}, tolerance {TOLERANCE:g} "
             f"(row {row}, column {column}: {found[row, column]:.6g}, expected {expected[row, column]:.6g})"
         )
     return largest

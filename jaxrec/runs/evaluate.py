@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import MetricsRow, rank_together, summarize
 from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, sequence_scorer
-from jaxrec.files import read_json, write_text
+from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run, read_reranker
 from jaxrec.runs.policy import load_policy
@@ -141,7 +142,7 @@ def evaluate(run: Run | Path | str, seed: int = 0, max_cases: int | None = None)
             differences[f"{one}_less_{other}_ndcg_10"][label] = dataclasses.asdict(bootstrap(gain, resamples))
     evaluation = Evaluation(protocol, rows, serving, {HYBRID_OVER_RECENT: compared, **differences})
     path = run.folder / EVALUATION_FILE
-    kept = _test_cases(path) if max_cases is not None else 0
+    kept = _test_cases(path, run.data_digest) if max_cases is not None else 0
     if kept > len(test):
         tqdm.write(f"{path} stays: it is of {kept} test cases, this evaluation of {len(test)}")
     else:
@@ -149,12 +150,12 @@ def evaluate(run: Run | Path | str, seed: int = 0, max_cases: int | None = None)
     return evaluation
 
 
-def _test_cases(path: Path) -> int:
-    """How many test cases an evaluation ranked; 0 where there is no file."""
-    if not path.is_file():
-        return 0
-    protocol = read_json(path, "run `jaxrec evaluate` without --cases")["protocol"]
-    return int(protocol["test_cases"])
+def _test_cases(path: Path, data_sha256: str) -> int:
+    """How many test cases of these data an evaluation ranked; 0 where the file is none of them."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        protocol = json.loads(path.read_text("utf-8"))["protocol"]
+        return int(protocol["test_cases"]) if protocol["data_sha256"] == data_sha256 else 0
+    return 0
 
 
 def policies(run: Run, mix: Hybrid) -> tuple[dict[str, Hybrid], bool]:

@@ -360,6 +360,7 @@ def _run_cooccurrence(run: Run, share: TrainingShare, stop: StopRequested) -> No
     missing = not path.is_file()
     wait_for_all("every process has seen whether the neighbours are to be counted")
     if not missing:
+        read_neighbours(run)  # they are needed after the models: a damaged file is found before these are trained
         return
 
     def empty_folder(asked: StopRequested) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+from tqdm import tqdm
 
 from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.prepared import PreparedData
@@ -197,14 +198,14 @@ def fit_weights(
         return first.astype(np.float32)  # every target is excluded: there is nothing to learn from
     bounds = [(0, None)] * len(start) + [(None, None)] * others
     of_columns = units(found, start)
-    objective, unit = penalized_loss(found, start, of_columns), np.append(of_columns, table_units(found))
+    objective, unit = penalized_loss(found, start, of_columns), np.append(of_columns, np.ones(others - views))
     unit[unit == 0] = 1.0
 
     def of_scaled(scaled: np.ndarray) -> tuple[float, np.ndarray]:
         loss, gradient = objective(scaled / unit)
         return loss, gradient / unit
 
-    # Scaled to like curvatures, weights and numbers need half as many iterations.
+    # Scaled to like variances, the columns need half as many iterations.
     result = scipy.optimize.minimize(
         of_scaled,
         first * unit,
@@ -217,6 +218,8 @@ def fit_weights(
     weights = np.asarray(result.x / unit, np.float32)
     if not np.isfinite([result.fun, *weights]).all():
         raise TrainingError("the loss of the mix is not finite; both models are trained and saved, no mix is written")
+    if result.nit >= FIT["maxiter"]:
+        tqdm.write(f"mix: the fit of its weights ended after {result.nit} iterations, before its minimum")
     return weights
 
 
@@ -280,19 +283,6 @@ def units(found: Candidates, start: Sequence[float]) -> np.ndarray:
     )
 
 
-def table_units(found: Candidates) -> np.ndarray:
-    """[TABLE_SIZE], or [0] where items of the history are excluded: what a number of the table is multiplied with where
-    it is fitted. Its square is the variance of having the place, over all candidates, plus the curvature of the
-    penalties: for most places there are few candidates, and the penalties say more than these."""
-    cases, repeated, _ = found.repeats.shape
-    if not repeated:
-        return np.zeros(0)
-    share = np.bincount(found.repeats.ravel(), minlength=TABLE_SIZE) / found.log_weight.size
-    share[0] = 0.0  # the place of items that are not of the history
-    neighbours = np.bincount(np.concatenate([STEPS, STEPS + 1]), minlength=TABLE_SIZE)
-    return np.sqrt(share * (1 - share) + 2 * (TABLE_PENALTY + STEP_PENALTY * neighbours) / cases)
-
-
 def typical_events(counts: DecayedCounts, times: np.ndarray) -> np.ndarray:
     """[half-lives] float32: the mean over the times [n] int64 (seconds) of the sum of all items' decayed counts."""
     totals = [counts.before(np.array([time])).sum(axis=2)[0] for time in np.sort(times)]
@@ -325,9 +315,9 @@ def collect_candidates(
     collected = []
     ordered, _ = in_time(data, cases)
     size, half_lives = batch_size(len(cases), len(data.catalog)), np.arange(len(HALF_LIVES_S))[:, None]
-    batches = map(_every_second_with_time, case_batches(data, ordered, max_length, size, exclude_seen))
-    for number, batch in enumerate(batches):
+    for number, asked in enumerate(case_batches(data, ordered, max_length, size, exclude_seen)):
         before_batch()
+        batch = _every_second_with_time(asked, number * size)
         parts = np.stack([np.asarray(score(batch)) for score in scorers], axis=1)
         decayed = counts.before(batch.time)
         seen, of_seen = None, np.zeros((len(parts), 0, FEATURES), np.uint8)
@@ -419,7 +409,8 @@ def choose(
     return np.concatenate(columns, axis=1), np.concatenate(log_weights, axis=1).astype(np.float32)
 
 
-def _every_second_with_time(batch: CaseBatch) -> CaseBatch:
+def _every_second_with_time(batch: CaseBatch, before: int) -> CaseBatch:
+    """`before`: how many cases come before those of the batch."""
     gaps = batch.request_gap.copy()
-    gaps[::2] = UNKNOWN_GAP
+    gaps[before % 2 :: 2] = UNKNOWN_GAP
     return batch._replace(request_gap=gaps)

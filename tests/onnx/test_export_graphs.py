@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxrec.models.linear import RANK
 from jaxrec.models.summary import NUMBERS
 from jaxrec.onnx import convert
 from jaxrec.onnx.convert import Graph, parts_graph, sequence_graph, step_graph, trend_graph
-from jaxrec.onnx.parity import check_parity, make_probe
+from jaxrec.onnx.parity import check_parity, check_written, make_probe
 from jaxrec.onnx.weights import LSTMWeights, TrendWeights, Weights, extract_weights
 
 PROBE = make_probe(item_count=60, max_history=50, seed=3)
@@ -250,6 +251,19 @@ def test_a_step_that_differs_is_found(small_hybrid: Hybrid, model_directory: Pat
     swapped = step_graph(dataclasses.replace(weights, lstm=weights.content, content=weights.lstm))
     with pytest.raises(ExportError, match=r"step\.onnx: states differ from JAX"):
         check_parity(small_hybrid, sequence, swapped, parts, trend, max_history=50)
+
+
+@pytest.mark.parametrize(("file", "makes"), [("sequence.onnx", sequence_graph), ("step.onnx", step_graph)])
+def test_a_file_that_differs_from_the_verified_graph_is_found(
+    small_hybrid: Hybrid, tmp_path: Path, file: str, makes: Callable[[Weights], Graph]
+) -> None:
+    weights = extract_weights(small_hybrid)
+    graph, asked = makes(weights), (weights.item_count, 50, weights.allow_seen)
+    (tmp_path / file).write_bytes(graph.whole())
+    check_written(tmp_path / file, graph, *asked)
+    (tmp_path / file).write_bytes(makes(tampered(weights, "item_vectors")).whole())
+    with pytest.raises(ExportError, match=rf"{file}: \w+ of the file differ from those of the verified graph"):
+        check_written(tmp_path / file, graph, *asked)
 
 
 def test_parts_that_differ_are_found(small_hybrid: Hybrid, model_directory: Path) -> None:

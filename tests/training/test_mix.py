@@ -24,6 +24,7 @@ from jaxrec.models.sequence import TimeRatingAwareContentModel, TimeRatingAwareL
 from jaxrec.models.trend import VIEWS
 from jaxrec.training import mix
 from jaxrec.training.mix import Candidates, choose, collect_candidates, fit_weights, learn_mix, typical_events
+from tests.groceries import groceries
 
 WIDTH = VIEWS * len(HALF_LIVES_S)
 
@@ -136,6 +137,19 @@ def candidates_of(log: pd.DataFrame) -> Candidates:
     cases, counts = data.split.validation, DecayedCounts.of(data)
     typical = typical_events(counts, data.histories.times[cases.rows])
     return collect_candidates(scorers, data, cases, SMALL.max_length, counts, typical, exclude_seen=False)
+
+
+def test_candidates_do_not_depend_on_the_size_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every second case the request time is given, also where a batch has three."""
+    for name, count in (("BEST_OF_EACH", 10), ("SAMPLED", 60)):
+        monkeypatch.setattr(mix, name, count)
+    log = groceries(users=50, items=200, staples=6, days=20, new_share=0.3, seed=0).log
+    found = {}
+    for size in (3, 64):
+        monkeypatch.setattr(mix, "batch_size", lambda cases, items, size=size: size)
+        found[size] = candidates_of(log)
+    for few, many in zip(found[3], found[64], strict=True):
+        np.testing.assert_allclose(few, many, rtol=1e-4, atol=1e-5)
 
 
 def log_of(items: np.ndarray, days: np.ndarray) -> PreparedData:

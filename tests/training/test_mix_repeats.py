@@ -75,7 +75,7 @@ def test_the_table_that_made_the_targets_is_found() -> None:
 
 def test_the_fit_ends_at_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a log of groceries with 1,000 cases: there the slope of the loss is 0 but for rounding, for each weight and
-    each number of the table. After 200 iterations of unscaled numbers it was 9e-6."""
+    each number of the table. After 200 iterations it was 9e-6."""
     for name, count in (("SEEN", 30), ("BEST_OF_EACH", 10), ("SAMPLED", 60)):
         monkeypatch.setattr(mix, name, count)
     found = candidates_of(groceries(users=1000, items=200, staples=6, days=60, new_share=0.3, seed=0).log)

@@ -34,7 +34,6 @@ MORE = 1.5
 The share is that among all items. Among the best items of a query it may be smaller."""
 CHECKED_QUERIES = 16
 CHECKED_ITEMS = 10
-LOOKED_AT = 4096
 """Item vectors, evenly spaced, among which queries for the check are chosen."""
 LEAST_KEPT = 0.5
 """Share of the best CHECKED_ITEMS of the exact product that must be candidates, over the CHECKED_QUERIES.
@@ -120,7 +119,8 @@ class Search:
             raise ArtifactError(
                 f"{files.path}: its candidates hold {kept:.2f} of the best items of {CHECKED_QUERIES} queries, expected"
                 f" {LEAST_KEPT} or more: it is an index of other items than {artifact.directory / 'item_vectors.npy'},"
-                " or the items are too much alike for an index; export the model again, or use --search exact"
+                " or the items are too much alike for an index; use --search exact, or export the model again with"
+                " --index never"
             )
 
     def trending(self, trend: NDArray[np.float32]) -> Trending:
@@ -244,9 +244,9 @@ class Search:
         None of them is zero, if there are others: new items have such vectors, and no request has such a query. The
         best items would be those with the highest bias, which says little of the index.
         """
-        query = self.item_vectors[np.unique(np.linspace(1, self._count, LOOKED_AT).astype(np.int64))]
-        query = query[query.any(axis=1)] if query.any() else query
-        query = query[np.linspace(0, len(query) - 1, CHECKED_QUERIES).astype(np.int64)]
+        nonzero = np.flatnonzero(self.item_vectors.any(axis=1))
+        items = nonzero if len(nonzero) else np.arange(1, 1 + self._count)
+        query = self.item_vectors[items[np.linspace(0, len(items) - 1, CHECKED_QUERIES).astype(np.int64)]]
         k = min(CHECKED_ITEMS, self._count)
         counts = np.full(len(query), self._candidates + self._candidates_per_answer * k)
         scores = self.item_vectors @ query.T + self._bias[:, None]
