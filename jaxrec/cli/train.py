@@ -8,7 +8,7 @@ from jaxrec.cli.options import EXISTING_FOLDER, NEW_FOLDER, SEED, SEED_HELP, giv
 from jaxrec.config import CheckpointConfig, ModelConfig, SeenItems, TrainConfig
 from jaxrec.errors import ProcessLost, TrainingStopped
 
-FIXED = ("batch_tokens", "hidden", "max_length", "seed", "seen")  # for the whole life of a run
+FIXED = ("batch_tokens", "hidden", "max_length", "sampled_items", "seed", "seen")  # for the whole life of a run
 CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the data
 
 
@@ -45,6 +45,12 @@ CHANGEABLE = ("max_epochs", "patience", "learning_rate")  # together with the da
     type=click.IntRange(2),
     default=ModelConfig.max_length,
     help="Events of a history that the models read, the most recent ones.",
+)
+@click.option(
+    "--sampled-items",
+    type=click.IntRange(0),
+    help="Items of a sample that estimates the softmax in a step; 0: it is computed in full.  [default: 0 up to 40,000 "
+    "items, 8192 above]",
 )
 @click.option(
     "--seen",
@@ -94,6 +100,7 @@ def train(
     learning_rate: float,
     hidden: int,
     max_length: int,
+    sampled_items: int | None,
     seen: str,
     seed: int,
     checkpoint_seconds: float,
@@ -116,6 +123,7 @@ def train(
         patience=patience,
         batch_tokens=batch_tokens,
         learning_rate=learning_rate,
+        sampled_items=sampled_items,
         seen=SeenItems(seen),
     )
     changes = _changes_on_resume(given_options(context), train_config) if resume else {}

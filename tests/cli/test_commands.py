@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from jaxrec.cli.main import main
+from jaxrec.config import ModelConfig, SeenItems, TrainConfig
 
 
 def test_train_keeps_freed_memory_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +27,20 @@ def test_export_says_when_the_run_was_not_evaluated(
     assert result.exit_code == 0
     assert result.stderr.count("was not evaluated") == notes
     assert result.stdout == f"{tmp_path / 'model'}: model 1, policy supervised, within 0.0e+00 of JAX\n"
+
+
+def test_options_of_train_are_those_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[TrainConfig] = []
+
+    def train(data: Path, out: Path, model: ModelConfig, config: TrainConfig, **_: object) -> None:
+        configs.append(config)
+
+    monkeypatch.setattr("jaxrec.runs.train.train", train)
+    monkeypatch.setattr("jaxrec.training.host_memory.keep_freed_memory", lambda: None)
+    for options in ([], ["--sampled-items", "0", "--batch-tokens", "800", "--seen", "allow"]):
+        CliRunner().invoke(
+            main, ["train", str(tmp_path), "--out", str(tmp_path / "run"), *options], catch_exceptions=False
+        )
+    assert configs == [TrainConfig(), TrainConfig(sampled_items=0, batch_tokens=800, seen=SeenItems.ALLOW)]
+    resumed = CliRunner().invoke(main, ["train", "--out", str(tmp_path), "--resume", "--sampled-items", "0"])
+    assert "--sampled-items cannot be changed on --resume" in resumed.output
