@@ -51,8 +51,12 @@ def new_file(path: Path) -> Iterator[Path]:
 
     What a process leaves that is killed is removed by a later process of the same machine, when it first writes into
     the folder. After a restart of the machine it stays.
+
+    Raises DataError where `path` is no regular file, such as a folder or /dev/null, which is not replaced.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no regular file; it is not replaced, choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_over(path.parent.absolute())
     owner = f"{_machine()}-{os.getpid()}-{_start(os.getpid())}"  # other machines may share the folder

@@ -93,6 +93,15 @@ def test_a_file_is_replaced_only_when_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
+@pytest.mark.parametrize("make_it", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, make_it: Callable[[Path], None]) -> None:
+    make_it(tmp_path / "there")
+    with pytest.raises(DataError, match="there is no regular file"), new_file(tmp_path / "there"):
+        raise AssertionError("nothing is to be written")
+    assert not (tmp_path / "there").is_file()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_json_lines_come_back_and_damage_is_named(tmp_path: Path) -> None:
     path, records = tmp_path / "log.jsonl", [{"step": 0}, {"step": 1, "loss": 0.5}]
     write_json_lines(path, records)
