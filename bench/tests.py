@@ -1,15 +1,14 @@
-"""Measures the tests, for bench/tests.md: how long all and the slowest take, the memory of a process, and coverage.
+"""Measures the tests, for bench/tests.md: how long all, the quick and the slowest take, their memory, and coverage.
 
     python -m bench.tests --work FOLDER --before CHECKOUT [--publish]
 
-Runs `make test` in each checkout, with its own environment (`.venv`), then `make coverage` in this one. A checkout
-whose `build/compiled` is kept from an earlier run finds its programs there; the page is of one without. What is
-finished stays in the work folder.
+Runs `make test` in each checkout, with its own environment (`.venv`), then `make test-fast` and `make coverage` in this
+one. A checkout whose `build/compiled` is kept from an earlier run finds its programs there; the page is of one without.
+What is finished stays in the work folder.
 """
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import tempfile
@@ -27,10 +26,11 @@ SLOWEST = 30
 
 
 class Measured(NamedTuple):
-    """A run of all tests of a `commit`: `seconds`, CPU seconds and the largest process in MB, and the seconds of each
-    test."""
+    """A run of the tests of a `commit` by `make target`: `seconds`, CPU seconds and the largest process in MB, and the
+    seconds of each test."""
 
     commit: str
+    target: str
     seconds: float
     cpu_seconds: float
     largest_mb: float
@@ -54,30 +54,32 @@ def main(work: Path, before: Path | None, publish: bool) -> None:
     """Runs all tests where that was not done yet, then writes the tables."""
     checkouts = ({"before": before.resolve()} if before else {}) | {"now": ROOT}
     page = Page("tests", "Tests", publish, work, less(checkouts=(checkouts, ["before", "now"])))
-    files = {name: work / f"{name}.json" for name in (*checkouts, "coverage")}
-    for name, folder in checkouts.items():
+    runs = {**{name: (folder, "test") for name, folder in checkouts.items()}, "now, quick": (ROOT, "test-fast")}
+    files = {name: work / f"{name}.json" for name in (*runs, "coverage")}
+    for name, run in runs.items():
         if not files[name].is_file():
-            write_figures(files[name], measure(folder)._asdict())
+            write_figures(files[name], measure(*run)._asdict())
     if not files["coverage"].is_file():
         write_figures(files["coverage"], {name: one._asdict() for name, one in measure_coverage().items()})
-    measured = {name: Measured(**read_figures(files[name])) for name in checkouts}
+    measured = {name: Measured(**read_figures(files[name])) for name in runs}
     covered = {name: Covered(**one) for name, one in read_figures(files["coverage"]).items()}
     page.write([*tables(measured), *table_of_coverage(covered)], list(files.values()))
 
 
-def measure(checkout: Path) -> Measured:
-    """Runs `make test` without an earlier run's programs. Raises click.ClickException where a test fails."""
+def measure(checkout: Path, target: str) -> Measured:
+    """Runs `make TARGET` without an earlier run's programs. Raises click.ClickException where a test fails."""
     shutil.rmtree(checkout / "build/compiled", ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTEST_ADDOPTS": f"--junitxml={report}"}
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        ended = subprocess.run(["make", "test"], cwd=checkout, env=environment, check=False)
-        seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-        if ended.returncode:
-            raise click.ClickException(f"{checkout}: make test ended with {ended.returncode}")
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return Measured(commit(checkout), seconds, cpu, after.ru_maxrss / 1024, seconds_of_tests(report))
+        start = time.monotonic()
+        child = subprocess.Popen(["make", target], cwd=checkout, env=environment)
+        _, status, usage = os.wait4(child.pid, 0)  # of this child and its own alone
+        seconds, child.returncode = time.monotonic() - start, os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise click.ClickException(f"{checkout}: make {target} ended with {child.returncode}")
+        figures = seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+        return Measured(commit(checkout), target, *figures, seconds_of_tests(report))
 
 
 def measure_coverage() -> dict[str, Covered]:
@@ -106,11 +108,11 @@ def seconds_of_tests(report: Path) -> dict[str, float]:
 
 def tables(measured: dict[str, Measured]) -> list[str]:
     """Lines of Markdown: all runs side by side, then the slowest tests of each."""
-    lines = ["| checkout | tests | s | CPU s | largest process, MB |", "|---|---|---|---|---|"]
+    lines = ["| checkout | command | tests | s | CPU s | largest process, MB |", "|---|---|---|---|---|---|"]
     titles = {f"{name} ({one.commit})": one for name, one in measured.items()}
     for name, one in titles.items():
         figures = f"{one.seconds:,.0f} | {one.cpu_seconds:,.0f} | {one.largest_mb:,.0f}"
-        lines.append(f"| {name} | {len(one.tests):,} | {figures} |")
+        lines.append(f"| {name} | `make {one.target}` | {len(one.tests):,} | {figures} |")
     for name, one in titles.items():
         lines += ["", f"## The slowest, {name}", "", "| s | test |", "|---|---|"]
         lines += [f"| {seconds:.1f} | `{test}` |" for test, seconds in list(one.tests.items())[:SLOWEST]]

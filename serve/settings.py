@@ -14,8 +14,8 @@ LogFormat = Literal["json", "text"]
 
 PREFIX = "JAXREC_"
 FILE_VARIABLE = f"{PREFIX}SETTINGS"
-# Of the client, which may be in the same environment.
-OTHER_VARIABLES = (FILE_VARIABLE, f"{PREFIX}TOKEN")
+# Of the client and of `jaxrec`, which may be in the same environment.
+OTHER_VARIABLES = (FILE_VARIABLE, f"{PREFIX}TOKEN", f"{PREFIX}MLFLOW")
 # What Kubernetes and Docker set for a service that is called jaxrec.
 LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_|$)")
 

@@ -1,10 +1,13 @@
 """The page of the tests' own times says what a report by pytest holds."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from bench.tests import Covered, Measured, packages, seconds_of_tests, table_of_coverage, tables
+from bench.tests import Covered, Measured, measure, packages, seconds_of_tests, table_of_coverage, tables
 
 REPORT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites name="pytest tests"><testsuite name="pytest" errors="0" failures="0" skipped="1" tests="3" time="12.1">
@@ -28,8 +31,8 @@ def test_the_slowest_test_is_first(report: Path) -> None:
 
 
 def test_the_tables_hold_the_run_and_its_slowest_tests(report: Path) -> None:
-    lines = tables({"now": Measured("abc", 12.1, 20.4, 1800.0, seconds_of_tests(report))})
-    assert lines[2] == "| now (abc) | 3 | 12 | 20 | 1,800 |"
+    lines = tables({"now": Measured("abc", "test", 12.1, 20.4, 1800.0, seconds_of_tests(report))})
+    assert lines[2] == "| now (abc) | `make test` | 3 | 12 | 20 | 1,800 |"
     assert lines[8] == "| 11.3 | `tests.test_b::test_slow[1]` |"
 
 
@@ -43,3 +46,23 @@ def test_coverage_is_that_of_each_package() -> None:
         "| jaxrec | 20 | 95.0% | 4 | 25.0% |",
         "| serve | 8 | 25.0% | 2 | 100.0% |",
     ]
+
+
+def test_each_run_has_its_own_memory(tmp_path: Path) -> None:
+    """The first one takes 200 MB and the second one nothing."""
+    python = f"{sys.executable} -c"
+    run = "open(__import__('os').environ['PYTEST_ADDOPTS'].partition('=')[2], 'w').write('<testsuites/>')"
+    (tmp_path / "Makefile").write_text(
+        f'large:\n\t@{python} "x = b\'1\' * 200_000_000; {run}"\nsmall:\n\t@{python} "{run}"\nbroken:\n\t@false\n'
+    )
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", "commit", "--allow-empty", "-qm", "a"]
+    subprocess.run(command, check=True)
+    # In a process of its own: a child begins with the memory of the process that starts it.
+    program = "import sys, pathlib, bench.tests as t"
+    program += "; print(*(t.measure(pathlib.Path(sys.argv[1]), one).largest_mb for one in ('large', 'small')))"
+    said = subprocess.run([sys.executable, "-c", program, tmp_path], check=True, stdout=subprocess.PIPE, text=True)
+    large, small = map(float, said.stdout.split())
+    assert large > 190 > small
+    with pytest.raises(click.ClickException, match="make broken ended with 2"):
+        measure(tmp_path, "broken")

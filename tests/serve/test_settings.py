@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
+from jaxrec.cli.main import main as of_jaxrec
 from serve.cli import run
 from serve.cli.main import main
 from serve.settings import SETTINGS, Settings, SettingsError, read_settings
@@ -50,6 +52,21 @@ def test_tokens_of_one_source_replace_those_of_another(tmp_path: Path) -> None:
     assert kept.tokens == "read a-secret-0123456"
     assert "secret" not in repr(kept)
     assert "secret" not in repr(Settings(Path("m"), store="postgresql://jaxrec:secret@host/events"))
+
+
+def test_no_variable_of_another_command_keeps_a_server_from_starting() -> None:
+    found = set()
+    for group in (main, of_jaxrec):
+        context = click.Context(group)
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            assert command is not None
+            commands = command.commands.values() if isinstance(command, click.Group) else [command]
+            found |= {option.envvar for one in commands for option in one.params if isinstance(option.envvar, str)}
+    ours = {name for name in found if name.startswith("JAXREC_")}
+    assert {"JAXREC_MLFLOW", "JAXREC_STORE", "JAXREC_ADDRESS"} <= ours
+    for name in ours:
+        read_settings(MODEL, {name: "127.0.0.1:1"} | ({"JAXREC_TLS_KEY": "k"} if name == "JAXREC_TLS_CERT" else {}))
 
 
 def test_variables_of_the_client_and_of_a_service_called_jaxrec_are_not_settings() -> None:
