@@ -20,6 +20,7 @@ from tests.deploy.files import (
     LAST_STAGE,
     ROOT,
     SETTINGS,
+    dockerfile,
     parse,
     port_of,
     series,
@@ -72,8 +73,19 @@ def test_the_lock_of_the_image_has_its_extras_with_hashes_in_the_versions_of_the
     assert "onnxruntime-gpu" not in {name for name, _ in pins}
 
 
-def test_the_image_installs_its_lock_by_hashes_and_nothing_besides() -> None:
-    installs = [rest for name, rest in IMAGE if name == "RUN" and "bin/pip " in rest]
+def test_the_lock_of_the_learning_loop_has_its_extras_with_hashes_in_the_versions_of_the_other_locks() -> None:
+    """ONNX Runtime for a CPU is in that of the server alone."""
+    pins, others = locked(DEPLOY / "requirements-learn.lock"), locked(ROOT / "requirements.lock")
+    assert all(pins.values())
+    assert pins.keys() <= {*others, *locked(DEPLOY / "requirements.lock")}
+    names = {name for name, _ in pins}
+    assert {"jax", "tensorflow-cpu", "tf2onnx", "faiss-cpu", "onnxruntime", "starlette", "psycopg", "redis"} <= names
+    assert "onnxruntime-gpu" not in names
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "Dockerfile.learn"])
+def test_an_image_installs_its_lock_by_hashes_and_nothing_besides(file: str) -> None:
+    installs = [rest for name, rest in dockerfile(file) if name == "RUN" and re.search(r"\bpip\b.* install ", rest)]
     assert ["--require-hashes" in rest or "--no-deps" in rest for rest in installs] == [True, True]
 
 
