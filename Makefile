@@ -76,13 +76,14 @@ stubs: .venv/installed
 		--mypy_out=quiet:$(STUBS_ROOT) --mypy_grpc_out=quiet:$(STUBS_ROOT) \
 		--include_source_info --descriptor_set_out=$(STUBS_ROOT)/$(STUBS)/contract.binpb $(PROTOS)
 
-# Needs `uv` on the path; everything else needs only the lock. The image has a lock of its own, with the same versions.
+# Needs `uv` on the path; everything else needs only the lock. Each image has a lock of its own, with the same versions.
+COMPILE := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url --quiet
 lock:
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
-	uv pip compile pyproject.toml --extra serve-cpu --extra index --extra postgres --extra redis --constraint requirements.lock \
-		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --quiet \
+	$(COMPILE) --extra dev --output-file requirements.lock
+	$(COMPILE) --extra serve-cpu --extra index --extra postgres --extra redis --constraint requirements.lock \
 		--output-file deploy/requirements.lock
+	$(COMPILE) --extra export --extra serve-cpu --extra postgres --extra redis --constraint requirements.lock \
+		--constraint deploy/requirements.lock --output-file deploy/requirements-learn.lock
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,6 +1,6 @@
 """Builds the image of deploy/Dockerfile and runs it, without Docker, for bench/image.md.
 
-    apt-get install buildah crun debootstrap
+    apt-get install buildah crun debootstrap curl
     python -m bench.image --work runs/image [--publish]
 
 Needs Linux, root, the network for Debian's and Python's packages, and some minutes. The base image is made with
@@ -34,9 +34,10 @@ import click
 from bench.publish import ROOT, Page, publish_option
 
 MOST_MB = 400
-TOOLS = ("buildah", "crun", "debootstrap", "nsenter", "unshare")
+TOOLS = ("buildah", "crun", "curl", "debootstrap", "nsenter", "unshare")
 DOCKERFILE = ROOT / "deploy/Dockerfile"
 IMAGE = "jaxrec:latest"
+SETTINGS = ("JAXREC_ALLOW_INSECURE=true", "JAXREC_HTTP=0.0.0.0:8080")
 CONTAINER = f"jaxrec-image-bench-{os.getpid()}"
 # crun does not know how to read every kind of control groups, and needs none here: it finds an empty folder.
 RUNTIME = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"', "sh", "crun"]
@@ -54,6 +55,10 @@ NOT_IN_SLIM = (
     "var/cache/apt",
     "var/lib/apt/lists",
 )
+
+STORE = "/store/events.sqlite"
+HTTP = ["curl", "--silent", "localhost:8080/jaxrec.v1.Recommender/Recommend"]
+HTTP += ["--header", "content-type: application/json", "--data", '{"userId": "u1", "k": 2}']
 
 RECORD = """
 from serve.client import RecommenderClient, UserEvent
@@ -144,7 +149,9 @@ def require_tools() -> None:
     """Raises click.ClickException where this machine cannot build an image."""
     missing = [name for name in TOOLS if shutil.which(name) is None]
     if missing:
-        raise click.ClickException(f"{', '.join(missing)} missing: apt-get install buildah crun debootstrap util-linux")
+        raise click.ClickException(
+            f"{', '.join(missing)} missing: apt-get install buildah crun curl debootstrap util-linux"
+        )
     if os.geteuid() != 0:
         raise click.ClickException("debootstrap and mounting an image need root")
 
@@ -208,7 +215,7 @@ def runtime_config(image: Mapping[str, Any], root: Path, volumes: Mapping[str, P
         "process": {
             "user": {"uid": user, "gid": group},
             "args": [*image["Entrypoint"], *image["Cmd"]],
-            "env": [*image["Env"], "JAXREC_ALLOW_INSECURE=true"],
+            "env": [*image["Env"], *SETTINGS],
             "cwd": "/",
             "noNewPrivileges": True,
             "capabilities": {},
@@ -337,8 +344,10 @@ def try_image(buildah: Buildah, root: Path, work: Path, transcript: Transcript) 
         transcript.run(f"$ {shlex.join(check)}", [*inside, *check], "SERVING")
         ask = ["python", "-m", "serve", "ask", "--watched", "1", "--k", "3"]
         transcript.run(f"$ {shlex.join(ask)}", [*inside, *ask], "recommendation ")
-        outside = ["nsenter", "--net", "--target", state(runtime_of(bundle))["pid"], sys.executable]
+        network = ["nsenter", "--net", "--target", state(runtime_of(bundle))["pid"]]
+        outside = [*network, sys.executable]
         transcript.run(f"outside $ {shlex.join(ask)}", [*outside, *ask[1:]], "recommendation ")
+        transcript.run(f"outside $ {shlex.join(HTTP)}", [*network, *HTTP], '"recommendationId"')
         program = "".join(f"\n{line}" for line in RECORD.strip().splitlines())
         transcript.run(f"outside $ python -c '{program}'", [*outside, "-c", RECORD], "3 items for u1")
         hold = [*outside, "-c", HOLD, str(store / "events.sqlite")]
@@ -352,6 +361,9 @@ def try_image(buildah: Buildah, root: Path, work: Path, transcript: Transcript) 
     with server(bundle, config, transcript) as inside:
         events = ["python", "-m", "serve", "ask", "--events", "u1"]
         transcript.run(f"$ {shlex.join(events)}", [*inside, *events], "e1", "e2")
+        for words in (["outcomes", STORE], ["log", STORE, "/tmp/log.sqlite"]):
+            command = ["python", "-m", "serve", *words]
+            transcript.run(f"$ {shlex.join(command)}", [*inside, *command])
 
 
 def runtime_of(bundle: Path) -> list[str]:
@@ -367,8 +379,7 @@ def server(bundle: Path, config: Mapping[str, Any], transcript: Transcript) -> I
     """
     runtime = runtime_of(bundle)
     command, user = [*runtime, "run", "--bundle", str(bundle), CONTAINER], config["process"]["user"]
-    setting = config["process"]["env"][-1]
-    transcript.lines.append(f"$ {setting} {shlex.join(config['process']['args'])}")
+    transcript.lines.append(f"$ {' '.join(SETTINGS)} {shlex.join(config['process']['args'])}")
     printed: list[str] = []
     ready = threading.Event()  # or ended
 

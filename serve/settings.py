@@ -26,6 +26,8 @@ ORIGIN = re.compile(rf"(http(?!.*:80$)|https(?!.*:443$))://({HOST.pattern}|\[[0-
 # gRPC counts milliseconds in 32 bits.
 LONGEST_CONNECTION_S = 2_000_000
 MOST_STORE_THREADS = 64
+# Of a token; `serve.front.auth` says what each allows.
+RIGHTS = ("read", "write", "users", "catalogue", "admin")
 
 
 class SettingsError(ValueError):
@@ -157,7 +159,7 @@ class Settings:
     tls_client_ca: Annotated[Path | None, "Accept only clients with a certificate of these authorities, in PEM."] = None
     tokens_file: Annotated[
         Path | None,
-        "File with one line `RIGHTS TOKEN` for each accepted token, RIGHTS being some of read,write,users,admin. The"
+        f"File with one line `RIGHTS TOKEN` for each accepted token, RIGHTS being some of {','.join(RIGHTS)}. The"
         " variable JAXREC_TOKENS can hold the lines instead. Without either, no token is needed.",
     ] = None
     tokens: Annotated[str | None, ""] = field(default=None, repr=False)

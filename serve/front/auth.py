@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from serve.addresses import SecurityError
 from serve.api.errors import NoRight, NoToken
+from serve.settings import RIGHTS
 
 logger = logging.getLogger(__name__)
 
-RIGHTS = ("read", "write", "users", "catalogue", "admin")
 SHORTEST_TOKEN = 16
 # How often to look whether the file changed.
 READ_EVERY_S = 2.0

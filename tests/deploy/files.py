@@ -25,12 +25,14 @@ from serve.settings import Settings, read_settings
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
+QUEUE = DEPLOY / "kubernetes-queue"  # scales these manifests on the queue time, too
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
 DASHBOARDS = {name: json.loads((DEPLOY / f"grafana/{name}.json").read_text("utf-8")) for name in ("server", "learning")}
 ALERTS = yaml.safe_load((DEPLOY / "alerts.yml").read_text("utf-8"))
 MANIFESTS = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted(KUBERNETES.glob("*.yaml"))}
 POD = MANIFESTS["deployment"]["spec"]["template"]
 CONTAINER = POD["spec"]["containers"][0]
+(ON_QUEUE,) = yaml.safe_load((QUEUE / "horizontalpodautoscaler.yaml").read_text("utf-8"))  # a patch
 
 
 def dockerfile(file: str = "Dockerfile") -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from tests.deploy.files import (
     LAST_STAGE,
     ROOT,
     SETTINGS,
+    dockerfile,
     parse,
     port_of,
     series,
@@ -72,8 +73,19 @@ def test_the_lock_of_the_image_has_its_extras_with_hashes_in_the_versions_of_the
     assert "onnxruntime-gpu" not in {name for name, _ in pins}
 
 
-def test_the_image_installs_its_lock_by_hashes_and_nothing_besides() -> None:
-    installs = [rest for name, rest in IMAGE if name == "RUN" and "bin/pip " in rest]
+def test_the_lock_of_the_learning_loop_has_its_extras_with_hashes_in_the_versions_of_the_other_locks() -> None:
+    """ONNX Runtime for a CPU is in that of the server alone."""
+    pins, others = locked(DEPLOY / "requirements-learn.lock"), locked(ROOT / "requirements.lock")
+    assert all(pins.values())
+    assert pins.keys() <= {*others, *locked(DEPLOY / "requirements.lock")}
+    names = {name for name, _ in pins}
+    assert {"jax", "tensorflow-cpu", "tf2onnx", "faiss-cpu", "onnxruntime", "starlette", "psycopg", "redis"} <= names
+    assert "onnxruntime-gpu" not in names
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "Dockerfile.learn"])
+def test_an_image_installs_its_lock_by_hashes_and_nothing_besides(file: str) -> None:
+    installs = [rest for name, rest in dockerfile(file) if name == "RUN" and re.search(r"\bpip\b.* install ", rest)]
     assert ["--require-hashes" in rest or "--no-deps" in rest for rest in installs] == [True, True]
 
 
@@ -194,3 +206,25 @@ def test_alerts_are_loaded_and_complete() -> None:
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_accepts_the_alerts() -> None:
     subprocess.run(["promtool", "check", "rules", DEPLOY / "alerts.yml"], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.parametrize(("trend", "catalogue", "away"), [(1, 1, False), (900, 1, False), (1, 61, True)])
+def test_the_store_is_away_when_the_catalogue_is_old_whatever_the_age_of_the_trend(
+    trend: int, catalogue: int, away: bool, tmp_path: Path
+) -> None:
+    ages = {"jaxrec_trend_age_seconds": trend, "jaxrec_catalogue_age_seconds": catalogue}
+    alert = {
+        "exp_labels": {"instance": "a", "severity": "page"},
+        "exp_annotations": {"summary": "a cannot read its store; recording fails, too"},
+    }
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": f'{name}{{instance="a"}}', "values": f"{age}x5"} for name, age in ages.items()],
+        "alert_rule_test": [{"eval_time": "5m", "alertname": "JaxrecStoreAway", "exp_alerts": [alert] if away else []}],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": [str(DEPLOY / "alerts.yml")], "tests": [test]}))
+    ended = subprocess.run(
+        ["promtool", "test", "rules", tmp_path / "test.yml"], check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr

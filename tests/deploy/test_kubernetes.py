@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 
-from tests.deploy.files import CONTAINER, MANIFESTS, POD, ROOT, SETTINGS, commands, parse, port_of, series
+from tests.deploy.files import CONTAINER, MANIFESTS, ON_QUEUE, POD, QUEUE, SETTINGS, commands, parse, port_of, series
 
 
 def test_every_manifest_is_applied() -> None:
@@ -94,15 +94,11 @@ def test_the_database_is_verified_and_the_policy_lets_out_to_named_places_only()
 
 
 def test_the_rule_for_the_queue_time_asks_for_series_that_there_are() -> None:
-    page = (ROOT / "docs/deploying.md").read_text("utf-8")
-    rules, metrics = (
-        yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    )
-    (rule,), (metric,) = rules["rules"], metrics
+    (rule,) = yaml.safe_load((QUEUE / "prometheus-adapter.yaml").read_text("utf-8"))["rules"]
     asked = re.findall(r"\bjaxrec_\w+(?={)", rule["seriesQuery"] + rule["metricsQuery"])
     assert len(asked) == 3
     assert set(asked) <= set(series())
-    assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
+    assert ON_QUEUE["value"]["pods"]["metric"]["name"] == rule["name"]["as"]
 
 
 @pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe"])

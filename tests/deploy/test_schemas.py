@@ -1,10 +1,10 @@
 """The files of deploy/ keep the schemas of the programs that read them."""
 
 import copy
-import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.files import DEPLOY, KUBERNETES, MANIFESTS, ROOT
+from tests.deploy.files import DEPLOY, KUBERNETES, MANIFESTS, ON_QUEUE, QUEUE
 
 # The oldest and the newest that the package knows.
 VERSIONS = ("1.25", kubernetes_validate.latest_version())
@@ -20,6 +20,7 @@ RESOURCES = {
     **{name: content for name, content in MANIFESTS.items() if name != "kustomization"},  # for kubectl alone
     "cronjob": yaml.safe_load((KUBERNETES / "learn/cronjob.yaml").read_text("utf-8")),
 }
+SCALER = "horizontalpodautoscaler"
 UNITS = ("jaxrec.service", "jaxrec-learn.service", "jaxrec-learn.timer")
 DROP_INS = {"jaxrec-network.conf": "network.conf", "jaxrec-models.conf": "models.conf"}
 
@@ -31,12 +32,28 @@ def test_the_manifests_keep_the_schema_of_kubernetes(name: str, version: str) ->
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_documented_metric_fits_the_autoscaler(version: str) -> None:
-    page = (ROOT / "docs/deploying.md").read_text("utf-8")
-    _, metrics = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    scaler = copy.deepcopy(RESOURCES["horizontalpodautoscaler"])
-    scaler["spec"]["metrics"] += yaml.safe_load(metrics)
-    kubernetes_validate.validate(scaler, version, strict=True)
+def test_the_queue_time_fits_the_autoscaler(version: str) -> None:
+    kubernetes_validate.validate(scaled_on_queue(), version, strict=True)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kustomize_adds_the_queue_time_to_the_autoscaler_and_changes_nothing_else() -> None:
+    built = subprocess.run(["kubectl", "kustomize", QUEUE], check=False, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    expected = [*(content for name, content in MANIFESTS.items() if name not in (SCALER, "kustomization"))]
+    assert by_kind(yaml.safe_load_all(built.stdout)) == by_kind([*expected, scaled_on_queue()])
+
+
+def scaled_on_queue() -> dict[str, Any]:
+    """The autoscaler with what the patch adds."""
+    assert (ON_QUEUE["op"], ON_QUEUE["path"]) == ("add", "/spec/metrics/-")
+    scaler: dict[str, Any] = copy.deepcopy(MANIFESTS[SCALER])
+    scaler["spec"]["metrics"].append(ON_QUEUE["value"])
+    return scaler
+
+
+def by_kind(resources: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {one["kind"]: one for one in resources}
 
 
 def test_a_misspelled_field_of_a_manifest_is_found() -> None:

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from jaxrec.cli.main import main as of_jaxrec
 from serve.cli import run
 from serve.cli.main import main
-from serve.settings import SETTINGS, Settings, SettingsError, read_settings
+from serve.front.auth import METHODS
+from serve.settings import RIGHTS, SETTINGS, Settings, SettingsError, read_settings
 
 MODEL = {"model": "m"}
 
@@ -166,3 +167,11 @@ def test_more_threads_than_the_store_keeps_connections_for_are_refused() -> None
     assert Settings(Path("m"), store_threads=64).store_threads == 64
     with pytest.raises(SettingsError, match="store_threads: expected 1 to 64, came 65"):
         Settings(Path("m"), store_threads=65)
+
+
+def test_the_help_and_the_token_of_the_docs_have_every_right() -> None:
+    every = ",".join(RIGHTS)
+    assert {right for methods in METHODS.values() for right in methods} <= set(RIGHTS)
+    assert f"some of {every}." in SETTINGS["tokens_file"].help
+    for page, line in (("security", f'echo "{every} $'), ("deploying", f'JAXREC_TOKENS="{every} $')):
+        assert line in (Path(__file__).parents[2] / f"docs/{page}.md").read_text("utf-8")

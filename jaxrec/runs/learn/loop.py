@@ -96,7 +96,8 @@ def _note(work: Path, error: Exception) -> None:
 def _track_again(places: Places, uri: str, state: State) -> State:
     """Tries to add the newest version to MLflow, which did not take it before, and notes what came of it."""
     run = Path(state.run)
-    tags = None if state.run == state.first_run else stages.tags_of(run.parent, state.changed)
+    begun_with = (Path(state.first_run), (places.work / ROUNDS_FOLDER / "0" / stages.RUN_FOLDER).resolve())
+    tags = None if run in begun_with else stages.tags_of(run.parent, state.changed)
     tracked = stages.track_stage(uri, run, places.models / state.folder, tags)
     state = dataclasses.replace(state, untracked=tracked["reason"])
     write_state(places.work, state)

@@ -4,6 +4,7 @@ A stage writes its folders and files wholly or not at all, under the round's fol
 """
 
 import dataclasses
+import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -18,9 +19,9 @@ from jaxrec.data.append import KnownEvents, append
 from jaxrec.data.reading.check import ReadOptions
 from jaxrec.data.reading.columns import ColumnNames
 from jaxrec.data.reading.rules import TimeUnit
-from jaxrec.data.store import SUMMARY_FILE, read_prepared
+from jaxrec.data.store import SUMMARY_FILE, read_prepared, summary_file
 from jaxrec.errors import DataError, ExportError, NoUsableRow, TrackingError, TrainingError
-from jaxrec.files import new_directory, read_json, sha256
+from jaxrec.files import new_directory, read_json, sha256, write_text
 from jaxrec.rl.config import LoggedConfig, ServedConfig
 from jaxrec.runs.directory import (
     DATA_FOLDER,
@@ -237,9 +238,27 @@ def _warning(text: str) -> str:
 def _copy_run(run: Path, out: Path) -> None:
     """A copy of a run, without the data that it may hold, to which the copy refers, and with no run of MLflow yet."""
     open_run(run)
-
-    def left_out(folder: str, names: list[str]) -> list[str]:
-        return [name for name in (DATA_FOLDER, MLFLOW_FILE) if Path(folder) == run and name in names]
-
     with new_directory(out, RUN_FILE) as new:
-        shutil.copytree(run, new, ignore=left_out, dirs_exist_ok=True)
+        _copy_without(run, new, DATA_FOLDER, MLFLOW_FILE)
+
+
+def copy_run_to_data(run: Path, out: Path, data: Path) -> None:
+    """A copy of a run that refers to `data`, where the data of the run is now, and is the same run of MLflow.
+
+    Raises:
+        DataError: The folder holds other data, or the run cannot be read.
+    """
+    opened, summary = open_run(run), summary_file(data)
+    if not summary.is_file() or sha256(summary) != opened.data_digest:
+        raise DataError(f"{run} was trained on {opened.data_folder}, and {data} is no copy of it; give its own data")
+    content = read_json(run / RUN_FILE, "expected a folder written by `jaxrec train`")
+    with new_directory(out, RUN_FILE) as new:
+        _copy_without(run, new, DATA_FOLDER)
+        write_text(new / RUN_FILE, json.dumps({**content, "data": str(data.resolve())}, indent=2) + "\n")
+
+
+def _copy_without(run: Path, new: Path, *left_out: str) -> None:
+    def ignore(folder: str, names: list[str]) -> list[str]:
+        return [name for name in left_out if Path(folder) == run and name in names]
+
+    shutil.copytree(run, new, ignore=ignore, dirs_exist_ok=True)

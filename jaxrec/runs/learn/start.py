@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from jaxrec.errors import DataError, ExportError
 from jaxrec.files import sha256
 from jaxrec.onnx.model_directory import policy_name
-from jaxrec.runs.directory import HYBRID_FILE, load_supervised, open_run
+from jaxrec.runs.directory import HYBRID_FILE, Run, load_supervised, open_run
 from jaxrec.runs.learn import stages
 from jaxrec.runs.learn.config import LearnConfig, Places
 from jaxrec.runs.learn.state import MODELS, ROUNDS_FOLDER, State, write_state
@@ -22,31 +22,34 @@ PLACE = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[\w.%-]*)(:\d*)?(,(\[[0-9A-Fa-f:.%]*\]
 def begin(places: Places, config: LearnConfig) -> State:
     """Writes the state before the first round. An empty folder of models gets the export of the run.
 
+    If the data is not where the run was trained on it, as after both were copied to another machine, the loop begins
+    with a copy of the run that refers to where it is.
+
     Raises:
         DataError: Run, data and models do not belong together.
         ExportError: The run cannot be exported.
     """
-    run = open_run(places.run)
-    if run.data_folder.resolve() != places.data.resolve():
-        raise DataError(f"{places.run} was trained on {run.data_folder}, not on {places.data}; give its own data")
+    run, first = open_run(places.run), places.work / ROUNDS_FOLDER / "0"
     if not (places.run / HYBRID_FILE).is_file():
         raise DataError(f"{places.run}: is not trained to its end: `jaxrec train --out {places.run} --resume`")
-    first = places.work / ROUNDS_FOLDER / "0"
+    if run.data_folder.resolve() != places.data.resolve():
+        stages.copy_run_to_data(places.run, first / stages.RUN_FOLDER, places.data)
+        run = open_run(first / stages.RUN_FOLDER)
     if not newest(places.models)[0]:
         clean(places.models)
-        exported = stages.export_stage(places.run, first, config)
+        exported = stages.export_stage(run.folder, first, config)
         if not exported["exported"]:
             raise ExportError(exported["reason"])
         stages.publish_stage(first, places.models)
     folder, version = newest(places.models)
     own = (first / stages.MODEL_FOLDER / MANIFEST).is_file()  # published now, or before a kill
     own = own and manifest(first / stages.MODEL_FOLDER)["model_version"] == version
-    _require_export(places, places.models / folder)
+    _require_export(places, run, places.models / folder)
     state = State(
         store=location(places.store),
         first_run=str(places.run.resolve()),
         first_run_sha256=sha256(places.run / HYBRID_FILE),
-        run=str(places.run.resolve()),
+        run=str(run.folder.resolve()),
         data=str(run.data_folder),
         published_data=str(run.data_folder),
         after=config.after,
@@ -61,10 +64,9 @@ def begin(places: Places, config: LearnConfig) -> State:
     return state
 
 
-def _require_export(places: Places, model: Path) -> None:
+def _require_export(places: Places, run: Run, model: Path) -> None:
     """Raises DataError where the newest version is no export of the run: it would be compared with another model than
     the one that serves."""
-    run = open_run(places.run)
     served, found = load_served(run, load_supervised(run, run.read_data())), manifest(model)
     mix = served.mix_weights()._asdict()
     if found.get("training", {}).get("mix") != mix or found.get("policy") != policy_name(served):

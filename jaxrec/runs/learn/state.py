@@ -51,7 +51,7 @@ class State:
     Attributes:
         store: The location of the event store, without a password.
         first_run: The run that the loop began with, and `first_run_sha256` of its mix.
-        run: The run whose export serves.
+        run: The run whose export serves; at first `first_run`, or its copy in rounds/0 where the data was moved.
         data: The prepared data with all events until `revision`; it may be newer than that of `run`.
         published_data: The data at the time when `run` was published: what its models and its policy may have learned
             from.

@@ -432,6 +432,25 @@ def test_one_works_at_a_time(base: Path, tmp_path: Path) -> None:
     assert read_state(loop.places.work) is None
 
 
+def test_run_and_data_that_were_copied_elsewhere_are_learned_from_where_they_are(base: Path, tmp_path: Path) -> None:
+    """The originals are gone by then."""
+    shutil.copytree(base, tmp_path / "machine")
+    run = tmp_path / "machine/run/run.json"
+    run.write_text(run.read_text().replace(str(base), "/gone"))
+    before = run.read_text()
+    loop = new_loop(tmp_path / "machine", tmp_path / "loop")
+    begun = learn(loop.places, CONFIG)
+    assert (begun.folder, begun.revision) == ("1", 0)
+    assert open_run(begun.run).data_folder == (tmp_path / "machine/data").resolve()
+    assert learn(loop.places, CONFIG).run == begun.run  # it stays while it serves
+    loop.record(events_of_round(1))
+    state = learn(loop.places, CONFIG)
+    assert (state.folder, state.revision) == ("2", 120)
+    assert jaxrec.read_prepared(state.data).histories.event_count == 60 * 10 + 120
+    assert not Path(begun.run).exists()
+    assert run.read_text() == before
+
+
 def test_what_does_not_belong_together_is_refused(base: Path, tmp_path: Path) -> None:
     loop = new_loop(base, tmp_path / "loop")
     places = loop.places
