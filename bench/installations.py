@@ -133,14 +133,15 @@ def main(publish: bool) -> None:
         raise click.ClickException(f"{len(failures)} checks failed")
 
 
-def build_wheel(folder: Path) -> Path:
-    """The wheel of the files that git tracks, as they are now."""
+def build_wheel(folder: Path, *options: str) -> Path:
+    """The wheel of the files that git tracks, as they are now, built by `pip wheel` with further options."""
     source = folder / "source"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, tracked.split("\0")):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
-    run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)], folder)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *options]
+    run([*command, str(source)], folder)
     (wheel,) = folder.glob("*.whl")
     return wheel
 

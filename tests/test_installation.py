@@ -1,8 +1,9 @@
-"""The extras of pyproject.toml hold what the code imports, and a command whose extra is missing says which it is."""
+"""The wheel is complete, the extras hold what the code imports, and a command says which extra is missing."""
 
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import serve.stores
+from bench.installations import build_wheel, plain
 from jaxrec.cli.main import COMMANDS as JAXREC_COMMANDS
 from jaxrec.cli.main import main as jaxrec_main
 from serve.cli.extras import EXTRAS, INCLUDED
@@ -99,6 +101,37 @@ PACKAGES_OF = {  # by module
     "tensorflow": {"tensorflow-cpu"},
     "onnxruntime": RUNTIMES,
 }
+
+
+# Where the packages come from, and the first bytes of what they read beside their code.
+INSTALLED = """
+import importlib.metadata, importlib.resources
+import jaxrec, serve.client
+print(jaxrec.__file__, serve.client.__file__)
+print(importlib.metadata.version("jaxrec"))
+print((importlib.resources.files("serve") / "http/page.html").read_text("utf-8").split()[0])
+"""
+
+
+def test_the_wheel_has_all_that_git_tracks_and_works_outside_of_the_checkout(tmp_path: Path) -> None:
+    """Installed without its dependencies, which are those of this environment."""
+    site = tmp_path / "site"
+    wheel = build_wheel(tmp_path, "--no-build-isolation", "--no-index")
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", str(site)]
+
+    def output(*command: str | Path) -> list[str]:
+        environment = {**plain(), "PYTHONPATH": str(site)}
+        return subprocess.check_output(command, cwd=tmp_path, env=environment, text=True).splitlines()
+
+    output(sys.executable, *install, wheel)
+    tracked = subprocess.check_output(["git", "ls-files", "jaxrec", "serve"], cwd=ROOT, text=True).split()
+    assert {"serve/http/page.html", "serve/pb/contract.binpb", "serve/py.typed", "jaxrec/py.typed"} <= set(tracked)
+    for name in tracked:
+        assert (site / name).read_bytes() == (ROOT / name).read_bytes(), name
+    places = f"{site / 'jaxrec/__init__.py'} {site / 'serve/client/__init__.py'}"
+    assert output(sys.executable, "-c", INSTALLED) == [places, PROJECT["version"], "<!doctype"]
+    assert output(site / "bin/jaxrec", "learn", "--help")[0].startswith("Usage: jaxrec learn ")
+    assert output(sys.executable, "-m", "serve", "run", "--help")[0].startswith("Usage: python -m serve run ")
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)

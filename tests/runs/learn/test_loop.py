@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -49,6 +51,32 @@ STAGES = (
     "publish_stage",
     "track_stage",
 )
+STAGE_OF_COMMAND = {  # without MLflow
+    "export-events": "events_stage",
+    "append": "append_stage",
+    "served": "served_stage",
+    "train": "train_stage",
+    "gate": "gate_stage",
+    "export": "export_stage",
+    "publish": "publish_stage",
+}
+# The command, which notes no end of one stage: it waits to be killed there. So it is killed in no other, however short.
+HELD = """
+import pathlib, signal, sys
+from jaxrec.cli.main import main
+from jaxrec.runs.learn import stages
+
+name, done = sys.argv.pop(1), pathlib.Path(sys.argv.pop(1))
+play = getattr(stages, name)
+
+def held(*given):
+    play(*given)
+    done.touch()
+    signal.pause()
+
+setattr(stages, name, held)
+main()
+"""
 
 
 class Killed(BaseException):
@@ -314,41 +342,60 @@ def test_the_first_version_belongs_to_the_loop_though_it_was_killed(
 
 
 def test_three_rounds_with_a_server_and_a_kill(undisturbed: Played, base: Path, tmp_path: Path) -> None:
-    """A server records and takes each version; the first round is killed (SIGKILL) in a stage drawn at random."""
-    loop, stage = (
-        new_loop(base, tmp_path / "loop"),
-        random.Random(2).choice(("append", "train", "gate", "export")),
-    )
+    """A server records and takes each version. The first round is killed (SIGKILL) in a stage that is drawn anew in
+    each run, and resumed by the same command. The others are played in this process, where all is compiled.
+    KILLED="STAGE MOMENT", as it is printed, repeats one.
+    """
+    drawn = f"{random.choice(list(STAGE_OF_COMMAND))} {random.choice(('begun', 'done'))}"
+    killed_at = os.environ.get("KILLED", drawn)
+    print(f'KILLED="{killed_at}"')
+    stage, moment = killed_at.split()
+    loop = new_loop(base, tmp_path / "loop")
     places = loop.places
+    options = ["learn", "--store", places.store, "--margin", "1", "--least-users", "1"]
+    for name in ("run", "data", "models", "work"):
+        options += [f"--{name}", str(getattr(places, name))]
     with (
         running_server(places.models, places.store, options=("--watch", "0.2")) as server,
         RecommenderClient(server.address, timeout_s=60.0) as client,
     ):
         before = client.get_model_info().model_version
         record(client, events_of_round(1))
-        command = [sys.executable, "-m", "jaxrec.cli.main", "learn", "--store", places.store]
-        for name in ("run", "data", "models", "work"):
-            command += [f"--{name}", str(getattr(places, name))]
-        with subprocess.Popen([*command, "--margin", "1", "--least-users", "1", "--no-served"]) as process:
-            wait_for_stage(process, places.work, stage)
+        done = tmp_path / "done"
+        held = [sys.executable, "-c", HELD, STAGE_OF_COMMAND[stage], str(done)]
+        with subprocess.Popen([*held, *options]) as process:
+            wait_for_stage(process, places.work, stage, done if moment == "done" else None)
             process.kill()
+        assert process.returncode == -signal.SIGKILL
         killed = read_state(places.work)
         assert killed is not None
         assert killed.round is not None
         assert list(killed.round.stages)[-1] == stage
-        assert client.get_model_info().model_version == before
-        state = learn(places, CONFIG)
-        assert outcome(loop, state) == outcome(*undisturbed)
-        assert state.history[-1].stages[stage]["attempts"] == 2
+        assert killed.round.result(stage) is None
+        if stage != "publish":
+            assert client.get_model_info().model_version == before
+        subprocess.run([sys.executable, "-m", "jaxrec.cli.main", *options], check=True)
+        state = read_state(places.work)
+        assert state is not None
+        expected = outcome(*undisturbed)
+        reason = f"no policy: the store holds no recommendations; {expected['reason']}"
+        assert outcome(loop, state) == {**expected, "reason": reason}
+        assert {name: noted["attempts"] for name, noted in state.history[-1].stages.items()} == {
+            name: 1 + (name == stage) for name in STAGE_OF_COMMAND
+        }
         for number in (2, 3):
-            wait_for(lambda: client.get_model_info().model_version == state.model_version)  # noqa: B023
+            wait_until_served(client, state)
             record(client, events_of_round(number))
-            state = learn(places, CONFIG)
+            state = learn(places, dataclasses.replace(CONFIG, served=True))
             assert state.history[-1].result("export-events")["events"] == 120  # type: ignore[index]
-        wait_for(lambda: client.get_model_info().model_version == state.model_version)
+        wait_until_served(client, state)
         assert len(client.recommend(user_id="7", k=5).recommendations) == 5
     assert [one.number for one in state.history] == [1, 2, 3]
     assert jaxrec.read_prepared(state.data).histories.event_count == 600 + 3 * 120
+
+
+def wait_until_served(client: RecommenderClient, state: State) -> None:
+    wait_for(lambda: client.get_model_info().model_version == state.model_version)
 
 
 def record(client: RecommenderClient, events: list[UserEvent]) -> None:
@@ -366,17 +413,19 @@ def record(client: RecommenderClient, events: list[UserEvent]) -> None:
     )
 
 
-def wait_for_stage(process: subprocess.Popen[bytes], work: Path, stage: str) -> None:
-    """Returns when the state says that the stage has begun; a state is always whole."""
+def wait_for_stage(process: subprocess.Popen[bytes], work: Path, stage: str, done: Path | None) -> None:
+    """Returns when the state says that the stage has begun, or when `done` is there; a state is always whole."""
 
-    def begun() -> bool:
+    def reached() -> bool:
         assert process.poll() is None, "it ended before"
+        if done is not None:
+            return done.exists()
         state = read_state(work)
         return state is not None and state.round is not None and stage in state.round.stages
 
     end = time.monotonic() + 120
-    while not begun():
-        assert time.monotonic() < end, f"{stage} did not begin"
+    while not reached():
+        assert time.monotonic() < end, f"{stage} was not reached"
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.01)
 
