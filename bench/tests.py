@@ -54,7 +54,7 @@ def main(work: Path, before: Path | None, publish: bool) -> None:
     """Runs all tests where that was not done yet, then writes the tables."""
     checkouts = ({"before": before.resolve()} if before else {}) | {"now": ROOT}
     page = Page("tests", "Tests", publish, work, less(checkouts=(checkouts, ["before", "now"])))
-    runs = {**{name: (folder, "test") for name, folder in checkouts.items()}, "now, quick": (ROOT, "test-fast")}
+    runs = {**{name: (folder, "test") for name, folder in checkouts.items()}, "quick": (ROOT, "test-fast")}
     files = {name: work / f"{name}.json" for name in (*runs, "coverage")}
     for name, run in runs.items():
         if not files[name].is_file():
@@ -74,7 +74,11 @@ def measure(checkout: Path, target: str) -> Measured:
         environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTEST_ADDOPTS": f"--junitxml={report}"}
         start = time.monotonic()
         child = subprocess.Popen(["make", target], cwd=checkout, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)  # of this child and its own alone
+        try:
+            _, status, usage = os.wait4(child.pid, 0)  # of this child and its own alone
+        except BaseException:
+            child.terminate()
+            raise
         seconds, child.returncode = time.monotonic() - start, os.waitstatus_to_exitcode(status)
         if child.returncode:
             raise click.ClickException(f"{checkout}: make {target} ended with {child.returncode}")

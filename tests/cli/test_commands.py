@@ -29,6 +29,12 @@ def test_export_says_when_the_run_was_not_evaluated(
     assert result.stdout == f"{tmp_path / 'model'}: model 1, policy supervised, within 0.0e+00 of JAX\n"
 
 
+def test_a_device_is_no_new_file(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["evaluate", str(tmp_path), "--json", "/dev/null"])
+    assert result.exit_code == 2
+    assert "/dev/null is no regular file; it is not replaced" in result.output
+
+
 def test_options_of_train_are_those_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[TrainConfig] = []
 

@@ -220,7 +220,7 @@ class _Rows:
         self._dialect = table.dialect
         self._blocks = blocks(table.path)
         self._block = Block(b"", 0)
-        self._near: dict[tuple[int, int], _Column] = {}
+        self._near_group, self._near = -1, dict[int, _Column]()
 
     def rows(self) -> Iterator[_Row]:
         """What the lines after the header are."""
@@ -368,7 +368,8 @@ class _Rows:
 
         They may where a field over several lines hides what looks like a time of the log: `Heroes,1500000001`, but not
         `May, 2001` among seconds since 1970; where one of the next lines has all fields of a row, though its time looks
-        like no other; and where no time comes after that field, and the first line has all fields by itself.
+        like no other; and where no time comes after that field, the first line is a row by itself, and its rating looks
+        like those of the log, or, without a rating, one of the next lines has enough fields for a row.
         """
         columns, delimiter = self._table.columns, self._dialect.delimiter or ","
         place = next(position for position, field in enumerate(joined) if "\n" in field)
@@ -376,28 +377,30 @@ class _Rows:
         every = itertools.chain.from_iterable(hidden)
         if TIME in columns and any(self._near_column(at, TIME, joined).is_like(part) for part in every):
             return True
-        if any(self._is_row(self._block.line(at + n).decode("utf-8", "surrogateescape")) for n in range(1, lines)):
+        following = [self._block.line(at + n).decode("utf-8", "surrogateescape") for n in range(1, lines)]
+        if any(map(self._is_row, following)):
             return True
         later = {role for role, position in columns.items() if position > place}
         first = [*joined[:place], *hidden[0]]
-        if not later or TIME in later or len(first) < self._dialect.width:
+        if not later or TIME in later or len(first) != self._dialect.width:
             return False
-        if RATING not in later:
-            return True
-        is_empty = len(first) == self._dialect.width and not first[columns[RATING]].strip()
-        return is_empty or any(self._near_column(at, RATING, joined).is_like(part) for part in hidden[0][1:])
+        if RATING in later:
+            return self._near_column(at, RATING, joined).is_like(first[columns[RATING]])
+        return any(line.count(delimiter) >= self._dialect.width - 1 for line in following)
 
     def _near_column(self, at: int, role: str, otherwise: Sequence[str] = ()) -> "_Column":
         """What a column holds in the whole rows around a line, looked up once for some lines together; where there is
         none, that of the row `otherwise`."""
         place = self._table.columns[role]
-        key = ((self._block.before + at) // NEAR, place)
-        if key not in self._near:
+        group = (self._block.before + at) // NEAR
+        if self._near_group != group:
+            self._near_group, self._near = group, {}
+        if place not in self._near:
             near = range(max(0, at - NEAR), min(len(self._block), at + 2 * NEAR))
             lines = (self._block.line(n).decode("utf-8", "surrogateescape") for n in near)
             rows = (self._closed(line) for line in lines)
-            self._near = {key: _Column([row[place] for row in rows if self._is_whole(row)])}
-        found = self._near[key]
+            self._near[place] = _Column([row[place] for row in rows if self._is_whole(row)])
+        found = self._near[place]
         return found if found.is_known or not otherwise else _Column([otherwise[place]])
 
     def _closed(self, line: str) -> list[str]:

@@ -30,6 +30,8 @@ def begin(places: Places, config: LearnConfig) -> State:
         ExportError: The run cannot be exported.
     """
     run, first = open_run(places.run), places.work / ROUNDS_FOLDER / "0"
+    if places.work.resolve().is_relative_to(places.run.resolve()):
+        raise DataError(f"{places.work} lies within {places.run}; choose another folder for --work")
     if not (places.run / HYBRID_FILE).is_file():
         raise DataError(f"{places.run}: is not trained to its end: `jaxrec train --out {places.run} --resume`")
     if run.data_folder.resolve() != places.data.resolve():
@@ -71,7 +73,7 @@ def _require_export(places: Places, run: Run, model: Path) -> None:
     mix = served.mix_weights()._asdict()
     if found.get("training", {}).get("mix") != mix or found.get("policy") != policy_name(served):
         raise DataError(
-            f"{model}: the newest version is no export of {places.run}; export it (`jaxrec export {places.run} --out "
+            f"{model}: the newest version is no export of {places.run}; export it (`jaxrec export {run.folder} --out "
             f"{places.models}/N`), or begin with the run that serves"
         )
 

@@ -19,7 +19,7 @@ from jaxrec.data.reading.lines import BLOCK, blocks, lines_at
 from jaxrec.data.reading.movies import read_movies
 from jaxrec.data.reading.read import read_ratings
 from jaxrec.data.reading.text_file import AMBIGUOUS
-from jaxrec.data.schema import TITLE
+from jaxrec.data.schema import GENRES, TITLE
 from jaxrec.errors import DataError
 
 HEADER = "user,item,name,time"
@@ -242,9 +242,14 @@ OTHER_LAYOUTS: dict[str, tuple[str, list[str], list[Any]]] = {
     ),
     "another rating": (RATED, ['u1,i1,1500000001,"Heroes,4.5', 'u9, live",3.0'], []),
     "a rating of more digits": (RATED, ['u1,i1,1500000001,"Heroes,7.75', 'u9, live",3.0'], []),
-    "no rating": (RATED, ['u1,i1,1500000001,"Heroes,', 'u9, live",3.0'], []),
+    "no rating": (RATED, ['u1,i1,1500000001,"Heroes,', 'u9, live",3.0'], [("u1", "i1", 1_500_000_001, 3.0)]),
     "what is no rating": (RATED, ['u1,i1,1500000001,"May, 2001', 'live",3.0'], [("u1", "i1", 1_500_000_001, 3.0)]),
-    "another item": ("user,time,name,item", ['u1,1500000001,"Heroes,i9', 'Low, live",i1'], []),
+    "another item": ("user,time,name,item", ['u1,1500000001,"Heroes,i9', 'u9, Jr, Low, live",i1'], []),
+    "a text, and the item": (
+        "user,time,name,item",
+        ['u1,1500000001,"far away, ""crew""', 'meets, it",i1'],
+        [("u1", "i1", 1_500_000_001, None)],
+    ),
     "dates": (IDS, ['u1,i1,"Heroes,2017-05-01', 'u9,i9,Low, live",2017-05-02'], []),
     "dates with times": (IDS, ['u1,i1,"Heroes,2017-05-01T10:00:00+00:00', 'u9,i9,Low, live",2017-05-02'], []),
     "dates, and a year": (IDS, ['u1,i1,"May, 2001', 'live",2017-05-02'], [("u1", "i1", 1_493_683_200, None)]),
@@ -282,6 +287,17 @@ def test_lines_of_a_catalogue_that_may_be_one_movie_or_two_are_refused(tmp_path:
         read_movies(path)
     path.write_text('item,title,genres\n1,Red,Comedy\n2,Blue,Drama\n3,"Title\nthe rest, of it",Comedy\n')
     assert read_movies(path)[TITLE].tolist() == ["Red", "Blue", "Title\nthe rest, of it"]
+
+
+@pytest.mark.parametrize(
+    "first", ['3,Alien,"A crew, far away,', '"3","Alien","A crew, ""far"" away,', '3,Alien,"A crew, far']
+)
+def test_a_catalogue_with_descriptions_over_lines_is_read(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "movies.csv"
+    path.write_text(f'item,title,description,genres\n1,Red,plain,Comedy\n{first}\nmeets it",Horror\n')
+    movies = read_movies(path)
+    assert movies[TITLE].tolist() == ["Red", "Alien"]
+    assert movies[GENRES].tolist() == ["Comedy", "Horror"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "frame"])

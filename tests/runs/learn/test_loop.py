@@ -21,6 +21,7 @@ import pytest
 from onnx import numpy_helper
 
 import jaxrec
+from jaxrec.data.store import SUMMARY_FILE
 from jaxrec.errors import DataError, TrackingError
 from jaxrec.files import locked, sha256
 from jaxrec.runs.directory import HYBRID_FILE, MLFLOW_FILE, open_run
@@ -479,6 +480,21 @@ def test_one_works_at_a_time(base: Path, tmp_path: Path) -> None:
     with locked(loop.places.work, "learn"), pytest.raises(DataError, match="another `jaxrec learn` is at work there"):
         learn(loop.places, CONFIG)
     assert read_state(loop.places.work) is None
+
+
+def test_other_data_than_those_of_the_run_and_a_folder_within_it_are_refused(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "machine")
+    loop = new_loop(tmp_path / "machine", tmp_path / "loop")
+    places = loop.places
+    with pytest.raises(DataError, match=r"work lies within .*run; choose another folder for --work"):
+        learn(dataclasses.replace(places, work=places.run / "work"), CONFIG)
+    other = tmp_path / "other"
+    shutil.copytree(places.data, other)
+    summary = other / SUMMARY_FILE
+    summary.write_text(summary.read_text() + " ")
+    with pytest.raises(DataError, match="other is no copy of it; give its own data"):
+        learn(dataclasses.replace(places, data=other), CONFIG)
+    assert not any(places.models.glob("[!.]*"))
 
 
 def test_run_and_data_that_were_copied_elsewhere_are_learned_from_where_they_are(base: Path, tmp_path: Path) -> None:
