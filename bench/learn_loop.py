@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from bench.publish import ROOT, Page, begin, less, publish_option, read_figures, write_figures
-from jaxrec.config import TrainConfig
+from jaxrec.config import ModelConfig, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.store import read_prepared
 from jaxrec.files import sha256
@@ -41,6 +41,7 @@ from tests.serve.process import running_server
 
 ROUNDS, HELD_BACK, KILLED_ROUND = 3, 0.3, 2
 EVENTS, EPOCHS = 100_000, 2
+MODEL = ModelConfig()
 STAGES = ("export-events", "append", "served", "train", "gate", "export", "publish")
 COLUMNS = ["userId", "movieId", "rating", "timestamp"]
 CALL = 1_000  # events
@@ -51,7 +52,7 @@ WITHIN_S = 900.0
 @click.command(context_settings={"show_default": True})
 @click.argument("ratings", type=click.Path(path_type=Path, exists=True, dir_okay=False), required=False)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="The loop and its figures stay here.")
-@click.option("--rounds", type=click.IntRange(KILLED_ROUND), default=ROUNDS, help="How many.")
+@click.option("--rounds", type=click.IntRange(1), default=ROUNDS, help="How many; the second or only one is killed.")
 @click.option("--epochs", type=click.IntRange(1), default=EPOCHS, help="Of each training, at most.")
 @click.option("--kill", type=click.Choice(STAGES), default="train", help="The stage that is killed in round 2.")
 @click.option("--least-users", type=click.IntRange(1), default=50, help="Of `jaxrec learn`.")
@@ -99,7 +100,7 @@ def play(ratings: Path, folder: Path, rounds: int, epochs: int, kill: str, optio
     log.iloc[:first].to_csv(folder / "first.csv", index=False)
     data, run, models, store = (folder / name for name in ("data", "run", "models", "events.sqlite"))
     prepare(folder / "first.csv", out=data)
-    train(data, run, train_config=TrainConfig(max_epochs=epochs))
+    train(data, run, MODEL, TrainConfig(max_epochs=epochs))
     export(run, models / "1")
     command = [sys.executable, "-m", "jaxrec.cli.main", "learn", "--store", str(store), "--data", str(data)]
     command += ["--run", str(run), "--models", str(models), *options]
@@ -115,8 +116,8 @@ def play(ratings: Path, folder: Path, rounds: int, epochs: int, kill: str, optio
             part = log.iloc[edges[number - 1] : edges[number]]
             recorded, again = record(client, part, number)
             killed = None
-            if number == KILLED_ROUND:
-                after_s = played[0]["stages"][kill]["seconds"] / 2 if kill in played[0]["stages"] else 0.0
+            if number == min(KILLED_ROUND, rounds):
+                after_s = played[0]["stages"].get(kill, {}).get("seconds", 0.0) / 2 if played else 0.0
                 killed = kill_in(command, folder, kill, after_s)
                 if kill != "publish" and client.get_model_info().model_version != served:
                     raise click.ClickException("the server took a version of a round that was killed")
@@ -187,12 +188,11 @@ def kill_in(command: list[str], folder: Path, stage: str, after_s: float) -> dic
     """
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         end = time.monotonic() + WITHIN_S
-        while (under_way := state_of(folder).round) is None or stage not in under_way.stages:
+        while (began := began_at(folder, stage)) is None:
             if process.poll() is not None or time.monotonic() > end:
                 process.kill()
-                raise click.ClickException(f"the stage {stage} of round {KILLED_ROUND} did not begin")
+                raise click.ClickException(f"the stage {stage} of the round to be killed did not begin")
             time.sleep(0.01)
-        began = under_way.stages[stage]["began"]
         time.sleep(max(0.0, began + after_s - time.time()))
         process.kill()
         seconds = time.time() - began
@@ -200,6 +200,15 @@ def kill_in(command: list[str], folder: Path, stage: str, after_s: float) -> dic
     if process.returncode != -signal.SIGKILL or under_way is None or list(under_way.stages)[-1] != stage:
         raise click.ClickException(f"the stage {stage} had ended before it was killed; give another one to --kill")
     return {"stage": stage, "seconds": seconds}
+
+
+def began_at(folder: Path, stage: str) -> float | None:
+    """When a stage of the round that is under way began; None: it has not."""
+    state = read_state(folder / "run.learn")
+    began: float | None = None
+    if state is not None and state.round is not None:
+        began = state.round.stages.get(stage, {}).get("began")
+    return began
 
 
 def wait_until_served(client: RecommenderClient, version: str) -> str:
