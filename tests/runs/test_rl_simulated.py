@@ -227,7 +227,7 @@ def test_what_gains_nothing_is_refused_and_the_users_are_reported(run: Path, loa
 
 def test_the_outcome_is_written_before_the_plot(run: Path, loaded: LoadedRun, ratings: Path) -> None:
     (run / SIMULATED_PLOT_FILE).mkdir()
-    with pytest.raises(OSError, match=SIMULATED_PLOT_FILE):
+    with pytest.raises(DataError, match=SIMULATED_PLOT_FILE):
         run_simulated(loaded, ratings, dataclasses.replace(CONFIG, updates=1))
     assert json.loads((run / SIMULATED_OUTCOME_FILE).read_text())["simulator"] == str(ratings)
     assert not (run / SIMULATOR_PARTIAL_FOLDER).exists()
