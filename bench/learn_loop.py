@@ -11,7 +11,7 @@ the end the log of the loop is compared with the file, row by row.
 RATINGS is a ratings.csv of MovieLens; without it, it is the log of `jaxrec demo`. Fewer than 100 of its users are
 active in a third, and the gate's interval is wide: `--least-users` and `--margin` are not the defaults of `jaxrec
 learn`, with which it would wait for more events. The training is short, so read nothing about quality here. The stage
-`served` runs, but nobody was shown anything, so there is nothing to learn a policy from.
+`served` runs, but no user was shown anything, so there is nothing to learn a policy from.
 """
 
 import shutil

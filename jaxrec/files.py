@@ -45,6 +45,12 @@ def new_directory(path: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(work)
 
 
+def require_replaceable(path: Path) -> None:
+    """Raises DataError where `new_file` would not replace what is there."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no regular file; it is not replaced, choose another name")
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; what was written there replaces `path` when the block ends well.
@@ -55,8 +61,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises DataError where `path` is no regular file, such as a folder or /dev/null, which is not replaced.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path} is no regular file; it is not replaced, choose another name")
+    require_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_over(path.parent.absolute())
     owner = f"{_machine()}-{os.getpid()}-{_start(os.getpid())}"  # other machines may share the folder

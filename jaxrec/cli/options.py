@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from jaxrec.errors import DataError
+from jaxrec.files import require_replaceable
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -21,8 +24,10 @@ class _NewFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if path.exists() and not path.is_file():
-            self.fail(f"{path} is no regular file; it is not replaced, choose another name", param, ctx)
+        try:
+            require_replaceable(path)
+        except DataError as error:
+            self.fail(str(error), param, ctx)
         return path
 
 

@@ -137,7 +137,7 @@ def _graph(name: str, weights: Weights, signature: Signature, item_arrays: dict[
             if node.op_type == "LSTM":
                 # So its last h and c are those of each row's last event.
                 node.input[_SEQUENCE_LENS] = "length"
-    place_outside(model, item_arrays)
+    _place_outside(model, item_arrays)
     return Graph(bytes(model.SerializeToString()), item_arrays)
 
 
@@ -160,7 +160,7 @@ def _of_elements(context: Any, node: Any, name: str, arguments: list[Any]) -> An
     return node
 
 
-def place_outside(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
+def _place_outside(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """Makes the items' arrays initializers of a model, without their data. Raises ExportError where it is broken."""
     from onnx import TensorProto, external_data_helper, helper
 

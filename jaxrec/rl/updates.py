@@ -149,8 +149,8 @@ def policy_optimizer(
     transforms = {"head": optax.adam(schedule), "critic": optax.adam(CRITIC_LEARNING_RATE), "kept": optax.set_to_zero()}
 
     def labels(params: PolicyParams) -> PolicyParams:
-        is_kept = {name: trained is not None and name not in trained for name in params.head}
-        return PolicyParams({name: "kept" if is_kept[name] else "head" for name in params.head}, "critic")
+        moved = params.head if trained is None else trained
+        return PolicyParams({name: "head" if name in moved else "kept" for name in params.head}, "critic")
 
     def masked(found: PolicyParams, _: Any) -> PolicyParams:
         elements = {name: jnp.where(where, found.head[name], 0.0) for name, where in (trained or {}).items()}

@@ -190,8 +190,8 @@ def test_a_database_that_does_not_answer_is_asked_once(tmp_path: Path, capfd: py
 @pytest.mark.parametrize("driver", [one for drivers in LIMITS for one in drivers])
 def test_a_driver_is_told_how_long_connecting_may_take(driver: str) -> None:
     url = make_url(with_limits(f"{driver}://me@localhost/db?application_name=a"))
-    told = url.get_dialect()().create_connect_args(url)[1]
-    assert (int(told["connect_timeout"]), told["application_name"]) == (5, "a")
+    options = url.get_dialect()().create_connect_args(url)[1]
+    assert (int(options["connect_timeout"]), options["application_name"]) == (5, "a")
 
 
 @pytest.mark.parametrize("wrong", ["htp://localhost:5000", "sqlite:////proc/no/mlflow.db"])

@@ -272,8 +272,7 @@ class _Rows:
         if len(line) > LONGEST_LINE:
             self.bad(none.line, f"{len(line)} bytes; expected a line of at most {LONGEST_LINE}")
             return none
-        # What is not UTF-8 is kept out of the way as surrogates, and matters only in a field that is read.
-        text = line.decode("utf-8", "surrogateescape")
+        text = self._text_of(at)
         fields, reason, taken = self._parsed(at, text)
         if not reason and any(not self._is_text(fields[position]) for position in self._table.columns.values()):
             reason = "not UTF-8 text; another encoding can be given: --encoding"
@@ -287,6 +286,11 @@ class _Rows:
         if taken == 1 and self._is_text(text) and plain:
             return none._replace(text=line + b"\n")
         return none._replace(lines=taken, fields=fields)
+
+    def _text_of(self, at: int) -> str:
+        """A line of the block. What is not UTF-8 is kept out of the way as surrogates, and matters only in a field that
+        is read."""
+        return self._block.line(at).decode("utf-8", "surrogateescape")
 
     def _parsed(self, at: int, text: str) -> tuple[list[str], str, int]:
         """The fields of the row that begins in line `at`, or why it is none, and how many lines it takes."""
@@ -338,7 +342,7 @@ class _Rows:
                 if following is None:
                     break
                 self._block = Block(self._block.data + following.data, self._block.before)
-            line = self._block.line(at + count).decode("utf-8", "surrogateescape")
+            line = self._text_of(at + count)
             if len(joined) > LONGEST_LINE or (self._is_row(line) and self._has_usual_time(at, line)):
                 break
             joined += "\n" + line
@@ -373,11 +377,12 @@ class _Rows:
         """
         columns, delimiter = self._table.columns, self._dialect.delimiter or ","
         place = next(position for position, field in enumerate(joined) if "\n" in field)
-        hidden = [text.split(delimiter) for field in joined for text in field.split("\n") if "\n" in field]
+        over_lines = [field for field in joined if "\n" in field]
+        hidden = [text.split(delimiter) for field in over_lines for text in field.split("\n")]
         every = itertools.chain.from_iterable(hidden)
         if TIME in columns and any(self._near_column(at, TIME, joined).is_like(part) for part in every):
             return True
-        following = [self._block.line(at + n).decode("utf-8", "surrogateescape") for n in range(1, lines)]
+        following = [self._text_of(at + n) for n in range(1, lines)]
         if any(map(self._is_row, following)):
             return True
         later = {role for role, position in columns.items() if position > place}
@@ -397,8 +402,7 @@ class _Rows:
             self._near_group, self._near = group, {}
         if place not in self._near:
             near = range(max(0, at - NEAR), min(len(self._block), at + 2 * NEAR))
-            lines = (self._block.line(n).decode("utf-8", "surrogateescape") for n in near)
-            rows = (self._closed(line) for line in lines)
+            rows = (self._closed(self._text_of(n)) for n in near)
             self._near[place] = _Column([row[place] for row in rows if self._is_whole(row)])
         found = self._near[place]
         return found if found.is_known or not otherwise else _Column([otherwise[place]])
@@ -406,7 +410,7 @@ class _Rows:
     def _closed(self, line: str) -> list[str]:
         """The fields of a line whose quotes do nothing but open and close fields; none for another one."""
         try:
-            fields = next(csv.reader([line], delimiter=self._dialect.delimiter or ",", strict=True), [])
+            fields = fields_of(self._dialect, line)
         except csv.Error:
             return []
         return [] if any('"' in field for field in fields) else fields

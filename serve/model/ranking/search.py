@@ -34,7 +34,6 @@ MORE = 1.5
 The share is that among all items. Among the best items of a query it may be smaller."""
 CHECKED_QUERIES = 16
 CHECKED_ITEMS = 10
-"""Item vectors, evenly spaced, among which queries for the check are chosen."""
 LEAST_KEPT = 0.5
 """Share of the best CHECKED_ITEMS of the exact product that must be candidates, over the CHECKED_QUERIES.
 
