@@ -60,9 +60,10 @@ def test_each_run_has_its_own_memory(tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     # In a process of its own: a child begins with the memory of the process that starts it.
     program = "import sys, pathlib, bench.tests as t"
-    program += "; print(*(t.measure(pathlib.Path(sys.argv[1]), one).largest_mb for one in ('large', 'small')))"
-    said = subprocess.run([sys.executable, "-c", program, tmp_path], check=True, stdout=subprocess.PIPE, text=True)
-    large, small = map(float, said.stdout.split())
+    program += "; found = [t.measure(pathlib.Path(sys.argv[1]), one).largest_mb for one in ('large', 'small')]"
+    program += "; pathlib.Path(sys.argv[2]).write_text(' '.join(map(str, found)))"
+    subprocess.run([sys.executable, "-c", program, tmp_path, tmp_path / "said"], check=True)
+    large, small = map(float, (tmp_path / "said").read_text().split())
     assert large > 190 > small
     with pytest.raises(click.ClickException, match="make broken ended with 2"):
         measure(tmp_path, "broken")

@@ -32,9 +32,11 @@ def driver() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def serving(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    """The address of gRPC and the port of HTTP."""
+    """The address of gRPC and the port of HTTP. What the tests record changes no trend, so the page and a client that
+    ask one after the other get the same answer."""
     store = tmp_path_factory.mktemp("page") / "events.sqlite"
-    with running_server(model_directory, store, provider="cpu", options=("--http", "127.0.0.1:0")) as server:
+    options = ("--http", "127.0.0.1:0", "--trend-refresh-s", "0")
+    with running_server(model_directory, store, provider="cpu", options=options) as server:
         yield server.address, port_of(server.line)
 
 
@@ -274,19 +276,22 @@ def trending(page: Page) -> list[str]:
 
 
 @needs_browser
-def test_trending_by_windows(page: Page, serving: tuple[str, int]) -> None:
-    with RecommenderClient(serving[0]) as client:
-        now = int(time.time())
-        # More than other tests click.
-        recent = [UserEvent(event_id=f"now-{at}", user_id="now", item_id="1014", timestamp=now) for at in range(20)]
-        earlier = [
-            UserEvent(event_id=f"then-{at}", user_id="then", item_id="1021", timestamp=now - 86_400 - at)
-            for at in range(200)
-        ]
-        client.record_events([*recent, *earlier])
-    for window, first in (("HOUR", "1014"), ("MONTH", "1021")):
-        page.script("$('trending-window').value = arguments[0]", f"TREND_WINDOW_{window}")
-        page.wait(lambda first=first: trending(page)[:1] == [first])
+def test_trending_by_windows(driver: Any, model_directory: Path, tmp_path: Path) -> None:
+    now = int(time.time())
+    recent = [UserEvent(event_id=f"now-{at}", user_id="now", item_id="1014", timestamp=now) for at in range(20)]
+    earlier = [
+        UserEvent(event_id=f"then-{at}", user_id="then", item_id="1021", timestamp=now - 86_400 - at)
+        for at in range(200)
+    ]
+    options = ("--http", "127.0.0.1:0", "--trend-refresh-s", "0.2")
+    with running_server(model_directory, tmp_path / "events.sqlite", provider="cpu", options=options) as server:
+        with RecommenderClient(server.address) as client:
+            client.record_events([*recent, *earlier])
+        page = Page(driver, port_of(server.line))
+        page.wait(lambda: page.serial > 0)
+        for window, first in (("HOUR", "1014"), ("MONTH", "1021")):
+            page.script("$('trending-window').value = arguments[0]", f"TREND_WINDOW_{window}")
+            page.wait(lambda first=first: trending(page)[:1] == [first])
 
 
 def test_the_windows_are_those_of_the_contract() -> None:
