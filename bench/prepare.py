@@ -19,15 +19,15 @@ the same filter and split as ours, in memory, from its own file format, whose ma
 part of each.
 """
 
-import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
 
+from bench import child
+from bench.child import Usage
 from bench.publish import Page, commit, here, less, publish_option, spread
 
 RUNS = 3  # of the page
@@ -119,25 +119,6 @@ print(sorted(times)[2])
 """
 
 
-def measure(python: str, program: str, *arguments: Path) -> tuple[str, dict[str, float]]:
-    """Runs a program in a process of its own: what it printed, and its figures."""
-    command = [python, "-c", program, *map(str, arguments)]
-    start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    printed = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise click.ClickException(f"a measured process ended with status {child.returncode}")
-    figures = {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_gb": usage.ru_maxrss / 2**20,
-    }
-    return printed.strip(), figures
-
-
 def row_count(path: Path) -> int:
     """The rows of a CSV with a header; 0 for a folder."""
     if path.is_dir():
@@ -201,16 +182,16 @@ def main(
     if large is not None:
         ways.append((f"{ours}: large", sys.executable, JAXREC, large))
     rows: dict[str, int] = {}
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name, *_ in ways}
+    measured: dict[str, list[Usage]] = {name: [] for name, *_ in ways}
     for _ in range(runs):
         for name, python, program, source in ways:
             out = work / "out"
-            printed, figures = measure(python, program, source, out)
+            printed, usage = child.run([python, "-c", program, source, out], stdout=subprocess.PIPE)
             rows[name] = int(printed)
-            measured[name].append(figures)
-            click.echo(f"{name}: {figures['seconds']:.1f} s, {figures['peak_gb']:.2f} GB", err=True)
+            measured[name].append(usage)
+            click.echo(f"{name}: {usage.seconds:.1f} s, {usage.peak_gb:.2f} GB", err=True)
             if name == ours:
-                opened, _ = measure(sys.executable, OPEN, out)
+                opened, _ = child.run([sys.executable, "-c", OPEN, out], stdout=subprocess.PIPE)
             shutil.rmtree(out, ignore_errors=True)
     page.write(
         [
@@ -223,8 +204,8 @@ def main(
             *(
                 f"| {name} | {rows[name]:,} | "
                 + " | ".join(
-                    spread([one[figure] for one in runs_of], digits)
-                    for figure, digits in (("seconds", 1), ("cpu_seconds", 1), ("peak_gb", 2))
+                    spread(list(values), digits)
+                    for values, digits in zip(zip(*runs_of, strict=True), (1, 1, 2), strict=True)
                 )
                 + " |"
                 for name, runs_of in measured.items()

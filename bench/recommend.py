@@ -14,15 +14,15 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bench import child
+from bench.child import Usage
 from bench.publish import Page, less, publish_option, spread
 from jaxrec.files import new_directory
 
@@ -30,14 +30,6 @@ USERS, ROUNDS = 200_000, 2  # of the page
 EVENTS, ITEMS = 50, 10_000
 WORKERS = (1, 2)
 USERS_OF_FILE, FIRST_FILE = 100_000, "part-00000.parquet"
-
-
-class Measured(NamedTuple):
-    """One run: seconds, CPU seconds of all its processes, and the memory of the largest of them in GB."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_gb: float
 
 
 def write_log(folder: Path, users: int, items: int, seed: int = 0) -> None:
@@ -59,23 +51,13 @@ def _write_files(folder: Path, users: int, items: int, seed: int) -> None:
         pq.write_table(pa.table(columns), folder / f"part-{number:05d}.parquet")
 
 
-def measure(model: Path, log: Path, out: Path, workers: int) -> Measured:
+def measure(model: Path, log: Path, out: Path, workers: int) -> Usage:
     """One run, into a new folder around `out`. Raises click.ClickException where it fails."""
     shutil.rmtree(out.parent, ignore_errors=True)  # with the job of a run that was interrupted
     out.parent.mkdir()
     command = [sys.executable, "-m", "jaxrec.cli.main", "recommend", str(model), "--history", str(log)]
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        [*command, "--out", str(out), "--workers", str(workers), "--provider", "cpu"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(child.pid, 0)  # with the workers, which it waited for
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise click.ClickException(f"exit status {child.returncode}: {' '.join(child.args)}")
-    seconds = time.perf_counter() - start
-    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
+    command += ["--out", str(out), "--workers", str(workers), "--provider", "cpu"]
+    return child.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)[1]
 
 
 def users_of(result: Path) -> int:
@@ -103,7 +85,7 @@ def main(users: int, items: int, rounds: int, work: Path, publish: bool) -> None
     if not log.is_dir():
         write_log(log, users, items)
     load = os.getloadavg()[0]
-    found: dict[int, list[Measured]] = {workers: [] for workers in WORKERS}
+    found: dict[int, list[Usage]] = {workers: [] for workers in WORKERS}
     results = {workers: work / f"run-{workers}/top.csv" for workers in WORKERS}
     for _ in range(rounds):
         for workers, result in results.items():
@@ -116,25 +98,25 @@ def main(users: int, items: int, rounds: int, work: Path, publish: bool) -> None
     page.write(table(users, items, load, found))
 
 
-def table(users: int, items: int, load: float, found: dict[int, list[Measured]]) -> list[str]:
+def table(users: int, items: int, load: float, found: dict[int, list[Usage]]) -> list[str]:
     """The lines of the page below its head."""
-    one = found[WORKERS[0]]
+    alone = found[WORKERS[0]]
     lines = [
         f"{users:,} users with {EVENTS} events each, {items:,} items, the best 10 items of each user; the load was"
-        f" {load:.1f} at the start. Medians of {len(one)} runs (lowest to highest), one and two workers in turn.",
+        f" {load:.1f} at the start. Medians of {len(alone)} runs (lowest to highest), one and two workers in turn.",
         "",
         "| workers | seconds | users/s | CPU ms a user | peak GB of the largest process |",
         "|---|---|---|---|---|",
     ]
     for workers, runs in found.items():
         cells = [
-            spread([run.seconds for run in runs]),
-            spread([users / run.seconds for run in runs], 0),
-            spread([1000 * run.cpu_seconds / users for run in runs], 2),
-            spread([run.peak_gb for run in runs], 2),
+            spread([one.seconds for one in runs]),
+            spread([users / one.seconds for one in runs], 0),
+            spread([1000 * one.cpu_seconds / users for one in runs], 2),
+            spread([one.peak_gb for one in runs], 2),
         ]
         lines.append(f"| {workers} | {' | '.join(cells)} |")
-    ratios = [before.seconds / run.seconds for before, run in zip(one, found[WORKERS[-1]], strict=True)]
+    ratios = [before.seconds / after.seconds for before, after in zip(alone, found[WORKERS[-1]], strict=True)]
     lines += ["", f"Two workers are {spread(ratios, 2)} times as fast as one (goal: 1.8). The results are equal."]
     return lines
 

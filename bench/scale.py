@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
+from bench.child import wait
 from bench.load import family, memory_mb
 from bench.publish import Page, less, publish_option, read_figures, write_figures
 from bench.sequential_log import ITEMS_FILE, LOG_FOLDER, best_scorer, write_log
@@ -169,16 +170,14 @@ def watched(command: Sequence[str], output: Path) -> dict[str, float]:
         watcher = threading.Thread(target=watch, args=(child.pid,))
         watcher.start()
         try:
-            _, status, usage = os.wait4(child.pid, 0)  # ru_maxrss of it would count this process, from before exec
+            usage = wait(child, start)  # its peak would be at least that of this process
         except BaseException:
             child.kill()
             raise
         finally:
             ended.set()
             watcher.join()
-    child.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - start
-    figures = {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_gb": peak}
+    figures = {**usage._asdict(), "peak_gb": peak}
     if child.returncode:
         raise StageFailed(f"exit status {child.returncode}: {' '.join(command)}; see {output}", figures)
     return figures

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,20 +19,20 @@ from xml.etree import ElementTree
 
 import click
 
+from bench import child
 from bench.publish import ROOT, Page, commit, less, publish_option, read_figures, write_figures
 
 SLOWEST = 30
 
 
 class Measured(NamedTuple):
-    """A run of the tests of a `commit` by `make target`: `seconds`, CPU seconds and the largest process in MB, and the
-    seconds of each test."""
+    """A run of the tests of a `commit` by `make target`: as `bench.child.Usage`, and the seconds of each test."""
 
     commit: str
     target: str
     seconds: float
     cpu_seconds: float
-    largest_mb: float
+    peak_gb: float
     tests: dict[str, float]
 
 
@@ -72,18 +71,11 @@ def measure(checkout: Path, target: str) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTEST_ADDOPTS": f"--junitxml={report}"}
-        start = time.monotonic()
-        child = subprocess.Popen(["make", target], cwd=checkout, env=environment)
         try:
-            _, status, usage = os.wait4(child.pid, 0)  # of this child and its own alone
-        except BaseException:
-            child.terminate()
-            raise
-        seconds, child.returncode = time.monotonic() - start, os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            raise click.ClickException(f"{checkout}: make {target} ended with {child.returncode}")
-        figures = seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
-        return Measured(commit(checkout), target, *figures, seconds_of_tests(report))
+            _, usage = child.run(["make", target], cwd=checkout, env=environment)
+        except click.ClickException as error:
+            raise click.ClickException(f"{checkout}: {error}") from error
+        return Measured(commit(checkout), target, *usage, seconds_of_tests(report))
 
 
 def measure_coverage() -> dict[str, Covered]:
@@ -112,10 +104,10 @@ def seconds_of_tests(report: Path) -> dict[str, float]:
 
 def tables(measured: dict[str, Measured]) -> list[str]:
     """Lines of Markdown: all runs side by side, then the slowest tests of each."""
-    lines = ["| checkout | command | tests | s | CPU s | largest process, MB |", "|---|---|---|---|---|---|"]
+    lines = ["| checkout | command | tests | s | CPU s | largest process, GB |", "|---|---|---|---|---|---|"]
     titles = {f"{name} ({one.commit})": one for name, one in measured.items()}
     for name, one in titles.items():
-        figures = f"{one.seconds:,.0f} | {one.cpu_seconds:,.0f} | {one.largest_mb:,.0f}"
+        figures = f"{one.seconds:,.0f} | {one.cpu_seconds:,.0f} | {one.peak_gb:.2f}"
         lines.append(f"| {name} | `make {one.target}` | {len(one.tests):,} | {figures} |")
     for name, one in titles.items():
         lines += ["", f"## The slowest, {name}", "", "| s | test |", "|---|---|"]

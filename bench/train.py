@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bench import child
 from bench.publish import here, spread
 from bench.train_steps import Shape, Step, our_step, plain_jax_step, random_batch, random_weights, torch_step
 from jaxrec.config import ModelConfig, TrainConfig
@@ -153,17 +154,11 @@ def memory() -> None:
     )
     for case in MEMORY_CASES:
         command = [sys.executable, "-m", "bench.train", "train-random", *map(str, case)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            printed = child.stdout.read().strip()
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            raise click.ClickException(f"training with {case} ended with status {child.returncode}")
+        printed, usage = child.run(command, stdout=subprocess.PIPE)
         items, rows, length = case
         sample = softmax_sample(items, None)
         softmax = f"sampled, {sample} items" if sample else "full"
-        click.echo(f"| {items:,} | {rows} | {length} | {softmax} | {printed} | {usage.ru_maxrss / 2**20:.2f} |")
+        click.echo(f"| {items:,} | {rows} | {length} | {softmax} | {printed} | {usage.peak_gb:.2f} |")
 
 
 @main.command(hidden=True)

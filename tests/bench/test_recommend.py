@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import recommend
+from bench.child import Usage
 
 
 def test_a_tiny_run_prints_both_rows_and_is_not_to_be_published(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_a_log_that_was_interrupted_is_not_there(tmp_path: Path, monkeypatch: py
 
 
 def test_ratios_are_those_of_the_rounds() -> None:
-    runs = {1: [recommend.Measured(8, 8, 0.5)] * 2, 2: [recommend.Measured(4, 9, 0.6), recommend.Measured(5, 9, 0.6)]}
+    runs = {1: [Usage(8, 8, 0.5)] * 2, 2: [Usage(4, 9, 0.6), Usage(5, 9, 0.6)]}
     lines = recommend.table(1000, 10, 0.0, runs)
     assert lines[-1].startswith("Two workers are 1.80 (1.60 to 2.00) times as fast as one")
     assert lines[-3] == "| 2 | 4.5 (4.0 to 5.0) | 225 (200 to 250) | 9.00 (9.00 to 9.00) | 0.60 (0.60 to 0.60) |"

@@ -31,8 +31,8 @@ def test_the_slowest_test_is_first(report: Path) -> None:
 
 
 def test_the_tables_hold_the_run_and_its_slowest_tests(report: Path) -> None:
-    lines = tables({"now": Measured("abc", "test", 12.1, 20.4, 1800.0, seconds_of_tests(report))})
-    assert lines[2] == "| now (abc) | `make test` | 3 | 12 | 20 | 1,800 |"
+    lines = tables({"now": Measured("abc", "test", 12.1, 20.4, 1.8, seconds_of_tests(report))})
+    assert lines[2] == "| now (abc) | `make test` | 3 | 12 | 20 | 1.80 |"
     assert lines[8] == "| 11.3 | `tests.test_b::test_slow[1]` |"
 
 
@@ -60,10 +60,10 @@ def test_each_run_has_its_own_memory(tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     # In a process of its own: a child begins with the memory of the process that starts it.
     program = "import sys, pathlib, bench.tests as t"
-    program += "; found = [t.measure(pathlib.Path(sys.argv[1]), one).largest_mb for one in ('large', 'small')]"
+    program += "; found = [t.measure(pathlib.Path(sys.argv[1]), one).peak_gb for one in ('large', 'small')]"
     program += "; pathlib.Path(sys.argv[2]).write_text(' '.join(map(str, found)))"
     subprocess.run([sys.executable, "-c", program, tmp_path, tmp_path / "said"], check=True)
     large, small = map(float, (tmp_path / "said").read_text().split())
-    assert large > 190 > small
-    with pytest.raises(click.ClickException, match="make broken ended with 2"):
+    assert large > 0.19 > small
+    with pytest.raises(click.ClickException, match="exit status 2: make broken"):
         measure(tmp_path, "broken")

@@ -204,11 +204,6 @@ def test_alerts_are_loaded_and_complete() -> None:
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_promtool_accepts_the_alerts() -> None:
-    subprocess.run(["promtool", "check", "rules", DEPLOY / "alerts.yml"], check=True, capture_output=True)
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 @pytest.mark.parametrize(("trend", "catalogue", "away"), [(1, 1, False), (900, 1, False), (1, 61, True)])
 def test_the_store_is_away_when_the_catalogue_is_old_whatever_the_age_of_the_trend(
     trend: int, catalogue: int, away: bool, tmp_path: Path
