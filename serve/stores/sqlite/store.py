@@ -5,6 +5,7 @@ its own, so that a call that fails takes no other with it. WAL with synchronous=
 the end of the process and, as far as fsync keeps its word, of the power. Reads don't wait for writes.
 """
 
+import logging
 import queue
 import sqlite3
 import threading
@@ -37,6 +38,8 @@ from serve.stores.sqlite.schema import (
     bring_up_to_date,
     has,
 )
+
+logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_S = 5.0
 RETRY_S = 0.01
@@ -297,7 +300,7 @@ class SQLiteStore(SqlStore):
             and not has(connection, COPY_MARK)
         ):
             return
-        connection.execute("BEGIN IMMEDIATE")
+        self._begin_preparing(connection)
         try:
             connection.execute(f"DROP TABLE IF EXISTS {COPY_MARK}")
             # Another process may have been faster.
@@ -309,6 +312,22 @@ class SQLiteStore(SqlStore):
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    def _begin_preparing(self, connection: sqlite3.Connection) -> None:
+        """Begins to write; waits as long as another process does, which may be bringing a large log up to date. Raises
+        sqlite3.Error."""
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                    raise
+            logger.warning(
+                "%s: another process writes to it for %g s or more, it may be bringing the store up to date: waiting",
+                self._path,
+                LOCK_TIMEOUT_S,
+            )
 
     def _version(self, connection: sqlite3.Connection) -> int:
         """The version of the schema, 0 for an empty file; raises StoreError when it is no store's."""

@@ -890,6 +890,25 @@ def test_every_older_version_is_brought_up_to_date() -> None:
     assert [b"1", *checked_server.UPDATED_AS_THEY_ARE] == [b"%d" % one for one in range(1, int(checked_server.VERSION))]
 
 
+def test_a_server_waits_for_the_one_that_brings_a_large_store_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten times as long as for a write."""
+    location = str(tmp_path / "s")
+    with open_store(location) as store:
+        store.record([user_event("1")])
+    monkeypatch.setattr("serve.stores.sqlite.store.LOCK_TIMEOUT_S", 0.05)
+    with closing(sqlite3.connect(location, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("PRAGMA user_version = 9")
+        other.execute("BEGIN IMMEDIATE")
+        end = threading.Timer(0.5, lambda: other.execute("COMMIT"))
+        end.start()
+        with open_store(location) as store:
+            assert len(store.history("u")) == 1
+        end.join()
+    assert "it may be bringing the store up to date: waiting" in caplog.text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lacks", ["trend", "options"])
 def test_a_store_that_noted_less_is_brought_up_to_date(
