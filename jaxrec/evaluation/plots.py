@@ -89,7 +89,7 @@ def reranker_figure(curves: Sequence[Mapping[str, Any]], frontier: Sequence[Mapp
             points = [(point["step"], point[measure]) for point in curves if point["name"] == name]
             axis.plot(*zip((0, 0.0), *points, strict=True), "o-", markersize=3, label=name)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(title=f"{title} of held-out users, gain over the hybrid", xlabel="update")
+        axis.set(title=f"{title} of held-out users", xlabel="update", ylabel="gain over the hybrid")
         axis.legend(fontsize="small")
     axes[2].plot([point["ndcg"] for point in frontier], [point["reward"] for point in frontier], "o-")
     for point in frontier:
