@@ -3,13 +3,12 @@
     python -m bench.mix --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small \\
         movietweetings-50k=PATH/ratings.dat beauty=PATH/beauty
 
-The models are those of `bench.quality` and, for files without times, of `bench.public` (5 or more ratings, leave-one-
-out over the whole log, defaults of `jaxrec train`). For each row the weights of its parts are learned anew on
-validation, as `jaxrec train` learns them, and the test cases are ranked among the whole catalogue without their
-history. EASE is the linear item-item model (Steck 2019), its penalty and the decay of its history chosen on
-validation. Figures are means over the seeds; differences from the mix of all parts are paired by case, with 95 %
-bootstrap intervals over the users. What is finished stays in the work folder: a call that was interrupted resumes
-where it stopped.
+The models are those of `bench.quality` (5 or more ratings, leave-one-out over the whole log, defaults of `jaxrec
+train`), in the same folder. For each row the weights of its parts are learned anew on validation, as `jaxrec train`
+learns them, and the test cases are ranked among the whole catalogue without their history. EASE is the linear item-item
+model (Steck 2019), its penalty and the decay of its history chosen on validation. Figures are means over the seeds;
+differences from the mix of all parts are paired by case, with 95 % bootstrap intervals over the users. What is finished
+stays in the work folder: a call that was interrupted resumes where it stopped.
 """
 
 from pathlib import Path
@@ -19,7 +18,6 @@ import click
 import jax.numpy as jnp
 import numpy as np
 
-from bench import public
 from bench.linear import best_ease
 from bench.publish import Page, begin, less, publish_option, write_arrays
 from bench.quality import begun, measure
@@ -78,19 +76,11 @@ def main(work: Path, seeds: int, publish: bool, logs: tuple[str, ...]) -> None:
     for name, path in ratings.items():
         files = []
         for seed in range(seeds):
-            trained = train(work, name, path, seed)
+            trained = measure(work, name, path, "leave-one-out", Ties.FILE, seed)
             files.append(measure_variants(trained, seed))
             results += [trained, files[-1], begun(trained), begun(files[-1])]
         body += table(name, files)
     page.write(body, results)
-
-
-def train(work: Path, name: str, path: Path, seed: int) -> Path:
-    """The file of ranks beside the run of one seed."""
-    if (path / "sequences.txt").is_file():
-        public.prepared(path, work / name)
-        return public.measure(work / name, seed)
-    return measure(work, name, path, "leave-one-out", Ties.FILE, seed)
 
 
 def measure_variants(trained: Path, seed: int) -> Path:

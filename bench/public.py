@@ -9,13 +9,15 @@ Users and items with fewer than 5 events were left out by the publishers. Leave-
 the test case, and the one before, which is for validation, is part of its history. Each case is ranked among the whole
 catalogue without its history. The files hold the order of events but no times and no ratings: all events get one time,
 so jaxrec has neither gaps nor a trend, and no request time is given. Attributes are given as genres. jaxrec is trained
-with its defaults; figures are means over the seeds, with 95 % bootstrap intervals over the users. EASE's penalty and
-the decay of its history were chosen on validation. SASRec (RecTools, width 256, softmax over the catalogue) has one
-seed, and ends its training by validation. Published figures are those of the papers, on the same files by the same
-protocol.
+with its defaults (`jaxrec train`, then `jaxrec rl logged` for the policy, which learns from the training events;
+whether its gate lets it be used is said below); figures are means over the seeds, with 95 % bootstrap intervals over
+the users. EASE's penalty and the decay of its history were chosen on validation. SASRec (RecTools, width 256, softmax
+over the catalogue) has one seed, and ends its training by validation. Published figures are those of the papers, on the
+same files by the same protocol.
 
 With `--peers` SASRec is trained by the Python of an environment of its own (`bench/peers/sasrec.txt` says which). What
-is finished stays in the work folder: a call that was interrupted resumes where it stopped.
+is finished stays in the work folder: a call that was interrupted resumes where it stopped. `bench.quality` takes its
+figures of these files from the same folder.
 """
 
 import json
@@ -27,27 +29,29 @@ import click
 import numpy as np
 import pandas as pd
 
-import jaxrec
 from bench.linear import best_ease
 from bench.publish import Page, begin, less, publish_option, write_arrays
-from bench.quality import begun
-from bench.sequences import read_sequences, require_source
-from jaxrec.config import PrepareConfig, SeenItems, TrainConfig
-from jaxrec.data.prepare import prepare
+from bench.quality import begun, folder_of, measure, prepared
+from jaxrec.config import Ties
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
 from jaxrec.evaluation.bootstrap import bootstrap, resample
 from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.evaluation.ranking import rank_cases
-from jaxrec.evaluation.scorers import hybrid_scorer, sequence_scorer
 from jaxrec.files import new_file
-from jaxrec.runs.directory import load_supervised, open_run
+from jaxrec.runs.directory import RERANKER_OUTCOME_FILE
 from jaxrec.training.host_memory import keep_freed_memory
 
 LOGS, SEEDS = ("beauty",), 3  # of the page
 TOP, MISSED = 50, 1_000_000  # what a peer recommends, and the rank of a target that is not in it
 EASE, SASREC = "EASE, history weighted by recency", "SASRec, softmax, width 256 (RecTools)"
-MODELS = ("hybrid", "content model alone", "LSTM alone")
+# Rows, and their names in the ranks of `bench.quality`.
+MODELS = {
+    "policy": "policy",
+    "hybrid": "hybrid",
+    "content model alone": "TimeRatingAwareContentModel",
+    "LSTM alone": "TimeRatingAwareLSTM",
+}
 
 
 class Published(NamedTuple):
@@ -131,67 +135,37 @@ def main(work: Path, seeds: int, peers: Path | None, publish: bool, logs: tuple[
     body = [" ".join((__doc__ or "").split("\n\n")[3].split()) + "\n", f"Seeds 0 to {seeds - 1}."]
     results = []
     for name, folder in folders.items():
-        data = prepared(folder, work / name)
-        ours = [measure(work / name, seed) for seed in range(seeds)]
-        others = {EASE: measure_ease(work / name)}
+        of_log = folder_of(work, name)
+        data = prepared(of_log / "data", name, folder)
+        ours = [measure(work, name, folder, "leave-one-out", Ties.FILE, seed) for seed in range(seeds)]
+        others = {EASE: measure_ease(of_log)}
         if peers:
-            others[SASREC] = measure_sasrec(work / name, peers)
+            others[SASREC] = measure_sasrec(of_log, peers)
         files = [*ours, *others.values()]
-        results += [work / name / "source.json", *files, *map(begun, files)]
+        results += [of_log / "source.json", *files, *map(begun, files)]
         body += table(name, data, ours, others)
     page.write(body, results)
 
 
-def prepared(folder: Path, work: Path) -> PreparedData:
-    """The file in FOLDER as data with one time for all events, in WORK/data; WORK/source.json says of which file.
-
-    Raises click.ClickException where the data are of another file.
-    """
-    out = work / "data"
-    require_source(work / "source.json", folder / "sequences.txt", out)
-    if not out.is_dir():
-        log, movies = read_sequences(folder)
-        prepare(log, movies, PrepareConfig(5, 5), out=out)
-    return read_prepared(out)
-
-
-def measure(work: Path, seed: int) -> Path:
-    """The ranks of one seed's models, in WORK/ranks-SEED.npz."""
-    done, out = work / f"ranks-{seed}.npz", work / f"run-{seed}"
-    if done.is_file():
-        return done
-    begin(begun(done), out)
-    data, config = read_prepared(work / "data"), TrainConfig(seed=seed, seen=SeenItems.EXCLUDE)
-    jaxrec.train(work / "data", out, train_config=config, resume=(out / "run.json").is_file())
-    hybrid = load_supervised(open_run(out), data)
-    scorers = hybrid_scorer(hybrid), sequence_scorer(hybrid.content), sequence_scorer(hybrid.lstm)
-    length = hybrid.lstm.config.max_length
-    ranks = {
-        name: rank_cases(scorer, data, data.split.test, length, False).ranks
-        for name, scorer in zip(MODELS, scorers, strict=True)
-    }
-    write_arrays(done, ranks)
-    return done
-
-
-def measure_ease(work: Path) -> Path:
-    """The ranks of EASE, in WORK/ease.npz."""
-    done = work / "ease.npz"
+def measure_ease(folder: Path) -> Path:
+    """The ranks of EASE for the data in FOLDER, in FOLDER/ease.npz."""
+    done = folder / "ease.npz"
     if not done.is_file():
         begin(begun(done))
-        data, length = read_prepared(work / "data"), 200
+        data, length = read_prepared(folder / "data"), 200
         scorer, penalty, decay = best_ease(data, length)
         ranks = rank_cases(scorer, data, data.split.test, length, False).ranks
         write_arrays(done, {"ranks": ranks, "penalty": penalty, "decay": decay})
     return done
 
 
-def measure_sasrec(work: Path, peers: Path) -> Path:
-    """The ranks of SASRec, in WORK/sasrec.npz; the peer reads WORK/peer-log.csv and writes WORK/peer-answer.json."""
-    done, log, answer = work / "sasrec.npz", work / "peer-log.csv", work / "peer-answer.json"
+def measure_sasrec(folder: Path, peers: Path) -> Path:
+    """The ranks of SASRec for the data in FOLDER, in FOLDER/sasrec.npz; the peer reads FOLDER/peer-log.csv and writes
+    FOLDER/peer-answer.json."""
+    done, log, answer = folder / "sasrec.npz", folder / "peer-log.csv", folder / "peer-answer.json"
     if not done.is_file():
         begin(begun(done), answer)
-        data = read_prepared(work / "data")
+        data = read_prepared(folder / "data")
         write_parts(data, log)
         script = Path(__file__).parent / "peers/sasrec.py"
         subprocess.run([peers / "bin/python", script, log, answer], check=True)
@@ -236,10 +210,15 @@ def table(name: str, data: PreparedData, ours: list[Path], others: dict[str, Pat
         lines.append(f"| {one.model} | {one.source} | {cells[0]} | {cells[1]} |")
     for model, file in others.items():
         lines.append(_row(model, [np.load(file)["ranks"]], resamples))
-    seeds = [np.load(file) for file in ours]
-    lines += [_row(f"jaxrec, {model}", [seed[model] for seed in seeds], resamples) for model in MODELS]
-    own = {model: ", ".join(f"{ndcg(seed[model], 10).mean():.4f}" for seed in seeds) for model in MODELS}
-    lines.append("\nNDCG@10 of the seeds: " + "; ".join(f"{model} {figures}" for model, figures in own.items()) + ".")
+    ranks = {model: [np.load(file)[f"{key}|False|ranks"] for file in ours] for model, key in MODELS.items()}
+    lines += [_row(f"jaxrec, {model}", of_seeds, resamples) for model, of_seeds in ranks.items()]
+    own = (
+        f"{model} {', '.join(f'{ndcg(one, 10).mean():.4f}' for one in of_seeds)}" for model, of_seeds in ranks.items()
+    )
+    lines.append(f"\nNDCG@10 of the seeds: {'; '.join(own)}.")
+    outcomes = [file.with_name(f"run-{seed}") / RERANKER_OUTCOME_FILE for seed, file in enumerate(ours)]
+    used = sum(json.loads(outcome.read_text("utf-8"))["used"] for outcome in outcomes)
+    lines.append(f"The gate let {used} of {len(ours)} policies be used.")
     ease = np.load(others[EASE])
     lines.append(f"EASE: penalty {float(ease['penalty']):g}, decay {float(ease['decay']):g}.")
     return lines

@@ -6,16 +6,16 @@
 Each log is filtered to users and movies with 5 ratings or more and split: leave-one-out over the whole log, as the
 literature does, and by time (the last tenth; up to 10 cases of each user), with equal times in the order of the file
 and shuffled (in training and test). beauty has the order of events only (`bench.sequences`): leave-one-out, in this
-order. Each seed trains a run and its policy (`jaxrec train`, `jaxrec rl logged`), and each test case is ranked among
-the whole catalogue without its history; `stacked` is the policy's control, which only imitates. The trend counts the
-events of all users before the case, with and without the request time, and so does recent popularity, with the
-half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 % bootstrap intervals over the
-users. What is finished stays in the work folder: a call that was interrupted resumes where it stopped;
-`bench.rl_logged` takes its figures from the same folder.
+order, and no item is recommended again. Each seed trains a run and its policy (`jaxrec train`, `jaxrec rl logged`), and
+each test case is ranked among the whole catalogue without its history; `stacked` is the policy's control, which only
+imitates. The trend counts the events of all users before the case, with and without the request time, and so does
+recent popularity, with the half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 %
+bootstrap intervals over the users. What is finished stays in the work folder: a call that was interrupted resumes where
+it stopped; `bench.rl_logged` takes its figures from the same folder.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import click
@@ -23,8 +23,8 @@ import numpy as np
 
 import jaxrec
 from bench.publish import Page, begin, less, publish_option, write_arrays
-from bench.sequences import read_sequences, require_source
-from jaxrec.config import PrepareConfig, RatingScale, SplitKind, Ties, TrainConfig
+from bench.sequences import is_sequences, read_sequences, require_source
+from jaxrec.config import PrepareConfig, RatingScale, SeenItems, SplitKind, Ties, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.report import write_report
@@ -45,7 +45,6 @@ from jaxrec.training.host_memory import keep_freed_memory
 
 CASES_PER_USER = 10
 LOGS, SEEDS = ("ml-100k", "ml-latest-small", "movietweetings-50k", "beauty"), 5  # of the page
-WITHOUT_TIMES = ("beauty",)
 RATING_SCALES = {"movietweetings-50k": RatingScale(0, 10)}  # a few of its ratings are 0
 MOVIES = ("movies.csv", "movies.dat")  # beside a file of ratings
 SPLITS = {"leave-one-out": SplitKind.LEAVE_ONE_OUT, "temporal": SplitKind.TEMPORAL}
@@ -68,7 +67,9 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tu
     )
     page = Page("quality", "Ranking quality", publish, work, lacking)
     results = {
-        f"{name}-{split}-{tie.value}": [measure(work, name, ratings[name], split, tie, seed) for seed in range(seeds)]
+        folder_of(work, name, split, tie).name: [
+            measure(work, name, ratings[name], split, tie, seed) for seed in range(seeds)
+        ]
         for name, split, tie in settings(ratings, splits.split(","), ties.split(","))
     }
     body = [
@@ -84,13 +85,15 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tu
 
 def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: int) -> Path:
     """The ranks of one seed's models, in WORK/NAME-SPLIT-TIES/ranks-SEED.npz."""
-    folder = work / f"{name}-{split}-{ties.value}"
+    folder = folder_of(work, name, split, ties)
     done = folder / f"ranks-{seed}.npz"
     if done.is_file():
         return done
     begin(begun(done), folder / f"run-{seed}")
     data, out = prepared(folder / "data", name, ratings, split, ties), folder / f"run-{seed}"
-    jaxrec.train(folder / "data", out, train_config=TrainConfig(seed=seed), resume=(out / "run.json").is_file())
+    # The literature ranks such files without the history.
+    config = TrainConfig(seed=seed, seen=SeenItems.EXCLUDE if is_sequences(ratings) else SeenItems.AUTO)
+    jaxrec.train(folder / "data", out, train_config=config, resume=(out / "run.json").is_file())
     run = open_run(out)
     interrupted = (out / RERANKER_PARTIAL_FOLDER).is_dir()
     if interrupted or not (out / RERANKER_OUTCOME_FILE).is_file():
@@ -107,7 +110,7 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     recent = {"recent popularity": recent_popularity_scorer(data, counts, half_life, shared)}
     learned = {name: hybrid_scorer(policy, counts, shared) for name, policy in policies(run, hybrid)[0].items()}
     every = recent | scorers(hybrid, counts, shared) | learned
-    times = (False,) if name in WITHOUT_TIMES else (False, True)
+    times = (False,) if is_sequences(ratings) else (False, True)
     asked = {f"{model}|{time}": (scorer, time) for model, scorer in every.items() for time in times}
     for key, ranked in rank_together(asked, data, cases, hybrid.lstm.config.max_length).items():
         arrays[f"{key}|ranks"], arrays[f"{key}|top"] = ranked.ranks, ranked.top
@@ -115,18 +118,22 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     return done
 
 
-def settings(logs: Iterable[str], splits: Iterable[str], ties: Iterable[str]) -> list[tuple[str, str, Ties]]:
+def folder_of(work: Path, name: str, split: str = "leave-one-out", ties: Ties = Ties.FILE) -> Path:
+    """Where the data and the runs of a setting are; by default of the only one of a log without times."""
+    return work / f"{name}-{split}-{ties.value}"
+
+
+def settings(logs: Mapping[str, Path], splits: Iterable[str], ties: Iterable[str]) -> list[tuple[str, str, Ties]]:
     """Log, split and order of equal times, as far as the log has times. Raises click.BadParameter if none is left."""
-    logs = list(logs)
     every = itertools.product(logs, splits, map(Ties, ties))
-    found = [one for one in every if one[0] not in WITHOUT_TIMES or one[1:] == ("leave-one-out", Ties.FILE)]
+    found = [one for one in every if not is_sequences(logs[one[0]]) or one[1:] == ("leave-one-out", Ties.FILE)]
     for log in logs:
         if all(name != log for name, _, _ in found):
             raise click.BadParameter(f"{log} has no times: it needs the split leave-one-out with ties in file order")
     return found
 
 
-def prepared(out: Path, name: str, ratings: Path, split: str, ties: Ties) -> PreparedData:
+def prepared(out: Path, name: str, ratings: Path, split: str = "leave-one-out", ties: Ties = Ties.FILE) -> PreparedData:
     """The data in OUT, prepared if they are not there yet; OUT/../source.json says of which log.
 
     Raises click.ClickException where they are of another one.
@@ -134,7 +141,7 @@ def prepared(out: Path, name: str, ratings: Path, split: str, ties: Ties) -> Pre
     require_source(out.with_name("source.json"), ratings, out)
     if not out.is_dir():
         movies = [path for path in map(ratings.with_name, MOVIES) if ratings.is_file() and path.is_file()]
-        log = read_sequences(ratings) if name in WITHOUT_TIMES else (ratings, movies[0] if movies else None)
+        log = read_sequences(ratings) if is_sequences(ratings) else (ratings, movies[0] if movies else None)
         config = PrepareConfig(5, 5, split=SPLITS[split], ties=ties, rating_scale=RATING_SCALES.get(name))
         prepare(*log, config, out=out, add_files=write_report)
     return read_prepared(out)

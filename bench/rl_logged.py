@@ -23,7 +23,7 @@ import click
 import numpy as np
 
 from bench.publish import Page, less, publish_option
-from bench.quality import LOGS, SEEDS, SPLITS, TIES, begun, measure, settings
+from bench.quality import LOGS, SEEDS, SPLITS, TIES, begun, folder_of, measure, settings
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.runs.directory import RERANKER_OUTCOME_FILE
@@ -65,7 +65,7 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tu
             for seed, file in enumerate(of_seeds)
         ]
         files += of_seeds
-        title = f"{name}-{split}-{tie.value}"
+        title = folder_of(work, name, split, tie).name
         rated = bool(np.ptp(np.load(of_seeds[0])["rating"]))
         body += [*test_table(title, of_seeds, outcomes, rated), *out_of_fold_table(outcomes, rated)]
     page.write(body, [*files, *map(begun, files)])

@@ -14,11 +14,17 @@ from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
 from jaxrec.files import sha256
 
 ONE_TIME = 1_262_304_000
+SEQUENCES_FILE = "sequences.txt"
+
+
+def is_sequences(log: Path) -> bool:
+    """Whether a log is a folder of such files, and so has no times."""
+    return (log / SEQUENCES_FILE).is_file()
 
 
 def read_sequences(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """FOLDER/sequences.txt as a log whose order is that of its rows, and the attributes of its items as genres."""
-    lines = (folder / "sequences.txt").read_text("utf-8").splitlines()
+    """FOLDER/SEQUENCES_FILE as a log whose order is that of its rows, and the attributes of its items as genres."""
+    lines = (folder / SEQUENCES_FILE).read_text("utf-8").splitlines()
     users = [line.split() for line in lines if line.strip()]
     counts = [len(user) - 1 for user in users]
     items = [item for _, *of_user in users for item in of_user]

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import click
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from bench import public
 from bench.linear import best_ease, ease, ease_scorer
 from bench.publish import write_arrays
+from bench.quality import prepared
 from jaxrec.config import PrepareConfig
 from jaxrec.data.batches import case_batches
 from jaxrec.data.prepare import prepare
@@ -18,6 +18,7 @@ from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, TIME, USER
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.runs.directory import RERANKER_OUTCOME_FILE
 
 USERS, ITEMS = 60, 12
 
@@ -35,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_file_keeps_its_order_and_attributes(folder: Path) -> None:
-    data = public.prepared(folder, folder / "work")
+    data = prepared(folder / "work/data", "circle", folder)
     raw = data.catalog.ids.raw_ids.astype(str)
     lines = {line.split()[0]: line.split()[1:] for line in (folder / "sequences.txt").read_text().splitlines() if line}
     read = [raw[np.asarray(data.histories.items)[data.histories.users() == user] - 1].tolist() for user in range(USERS)]
@@ -47,16 +48,9 @@ def test_a_file_keeps_its_order_and_attributes(folder: Path) -> None:
     assert all(set(genres[item]) == {f"a{int(item) % 3}", "a7"} for item in raw if item != first)
 
 
-def test_data_of_another_file_are_refused(folder: Path) -> None:
-    public.prepared(folder, folder / "work")
-    (folder / "sequences.txt").write_text("1 2 3 4 5 6\n")
-    with pytest.raises(click.ClickException, match="was made of another file"):
-        public.prepared(folder, folder / "work")
-
-
 def test_the_peer_runs_in_its_own_environment(folder: Path) -> None:
     """It recommends the same three items to all; the first event of the log is of one of them."""
-    data = public.prepared(folder, folder / "work")
+    data = prepared(folder / "work/data", "circle", folder)
     python = folder / "peers/bin/python"
     python.parent.mkdir(parents=True)
     answer = {"items": {str(user): [1, 2, 3] for user in range(USERS)}, "epochs": 2, "seconds": 1.5, "version": "1"}
@@ -98,14 +92,14 @@ def test_the_last_event_counts_whole_and_earlier_ones_less() -> None:
 
 
 def test_ease_is_chosen_on_validation_and_finds_the_circle(folder: Path) -> None:
-    data = public.prepared(folder, folder / "work")
+    data = prepared(folder / "work/data", "circle", folder)
     scorer, _, decay = best_ease(data, 50)
     assert decay < 1
     assert ndcg(rank_cases(scorer, data, data.split.test, 50, False).ranks, 10).mean() > 0.8
 
 
 def test_a_peer_gets_the_parts_and_its_lists_become_ranks(folder: Path) -> None:
-    data = public.prepared(folder, folder / "work")
+    data = prepared(folder / "work/data", "circle", folder)
     public.write_parts(data, folder / "log.csv")
     log = pd.read_csv(folder / "log.csv")
     assert log["part"].value_counts().to_dict() == {"train": len(log) - 2 * USERS, "validation": USERS, "test": USERS}
@@ -120,14 +114,17 @@ def test_a_peer_gets_the_parts_and_its_lists_become_ranks(folder: Path) -> None:
 
 
 def test_the_table_has_what_was_published_beside_what_was_run(folder: Path) -> None:
-    data = public.prepared(folder, folder / "work")
+    data = prepared(folder / "work/data", "circle", folder)
     seeds = []
     for seed, rank in enumerate((1, 100)):
         seeds.append(folder / f"ranks-{seed}.npz")
-        write_arrays(seeds[-1], {model: np.full(USERS, rank) for model in public.MODELS})
+        write_arrays(seeds[-1], {f"{key}|False|ranks": np.full(USERS, rank) for key in public.MODELS.values()})
+        (folder / f"run-{seed}").mkdir()
+        (folder / f"run-{seed}" / RERANKER_OUTCOME_FILE).write_text(json.dumps({"used": seed == 0}))
     write_arrays(folder / "ease.npz", {"ranks": np.full(USERS, 2), "penalty": 100.0, "decay": 0.9})
     lines = public.table("yelp", data, seeds, {public.EASE: folder / "ease.npz"})
     assert "| BSARec | BSARec, AAAI 2024, a user's run | 0.0442 | 0.0226 |" in lines
     assert f"| {public.EASE} | run here | 1.0000 (1.0000 to 1.0000) | 0.6309 (0.6309 to 0.6309) |" in lines
     assert "| jaxrec, hybrid | run here | 0.5000 (0.5000 to 0.5000) | 0.5000 (0.5000 to 0.5000) |" in lines
     assert "EASE: penalty 100, decay 0.9." in lines
+    assert "The gate let 1 of 2 policies be used." in lines

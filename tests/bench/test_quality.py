@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from bench import quality, rl_logged
 from bench.publish import begin, write_arrays
-from bench.quality import LOGS, SPLITS, TIES, begun, prepared, settings
+from bench.quality import LOGS, SPLITS, TIES, begun, folder_of, prepared, settings
 from jaxrec.config import Ties
 from jaxrec.rl.logged.learn import MIX
 from jaxrec.runs.directory import RERANKER_OUTCOME_FILE
@@ -22,8 +22,16 @@ MODELS = ("recent popularity", "hybrid", "stacked", "policy")
 USERS = np.repeat(np.arange(6), 2)
 
 
-def test_a_log_without_times_has_one_setting_and_others_have_all() -> None:
-    found = settings(LOGS, SPLITS, TIES)
+@pytest.fixture
+def logs(tmp_path: Path) -> dict[str, Path]:
+    """Of each log of the page no more than that beauty is a folder of sequences."""
+    (tmp_path / "logs/beauty").mkdir(parents=True)
+    (tmp_path / "logs/beauty/sequences.txt").touch()
+    return {name: tmp_path / "logs" / name for name in LOGS}
+
+
+def test_a_log_without_times_has_one_setting_and_others_have_all(logs: dict[str, Path]) -> None:
+    found = settings(logs, SPLITS, TIES)
     assert [one for one in found if one[0] == "beauty"] == [("beauty", "leave-one-out", Ties.FILE)]
     every = list(itertools.product(SPLITS, map(Ties, TIES)))
     for log in LOGS[:3]:
@@ -34,7 +42,7 @@ def test_a_log_without_times_keeps_the_order_of_its_file(tmp_path: Path) -> None
     users = {f"u{user}": [f"i{(3 * user + step) % 8}" for step in range(6)] for user in range(8)}
     (tmp_path / "sequences.txt").write_text("".join(f"{user} {' '.join(items)}\n" for user, items in users.items()))
     (tmp_path / "item2attributes.json").write_text(json.dumps({f"i{item}": [item % 2] for item in range(8)}))
-    data = prepared(tmp_path / "data", "beauty", tmp_path, "leave-one-out", Ties.FILE)
+    data = prepared(tmp_path / "data", "beauty", tmp_path)
     offsets, raw = data.histories.offsets, data.catalog.ids.raw_ids
     for user, name in enumerate(data.users.raw_ids):
         items = data.histories.items[offsets[user] : offsets[user + 1]]
@@ -44,9 +52,11 @@ def test_a_log_without_times_keeps_the_order_of_its_file(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("asked", [(("temporal",), TIES), (SPLITS, ("random",))])
-def test_a_log_without_any_setting_is_named(asked: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+def test_a_log_without_any_setting_is_named(
+    asked: tuple[tuple[str, ...], tuple[str, ...]], logs: dict[str, Path]
+) -> None:
     with pytest.raises(click.BadParameter, match="beauty has no times"):
-        settings(LOGS, *asked)
+        settings(logs, *asked)
 
 
 def test_data_of_another_log_are_refused(tmp_path: Path) -> None:
@@ -65,7 +75,7 @@ def test_data_of_another_log_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
+def work(tmp_path: Path, logs: dict[str, Path]) -> Path:
     """What `measure` leaves of one seed in every setting of all logs: random ranks, and outcomes of the gate."""
     rng = np.random.default_rng(0)
     gain = {"mean": 0.01, "low": 0.005, "high": 0.015}
@@ -75,8 +85,8 @@ def work(tmp_path: Path) -> Path:
         for of in rl_logged.OUT_OF_FOLD.values()
     }
     outcome = {"used": True, "differences": differences, "figures": {MIX: {"ndcg": 0.1, "reward": 0.3}}}
-    for name, split, ties in settings(LOGS, SPLITS, TIES):
-        folder = tmp_path / f"{name}-{split}-{ties.value}"
+    for name, split, ties in settings(logs, SPLITS, TIES):
+        folder = folder_of(tmp_path, name, split, ties)
         (folder / "run-0").mkdir(parents=True)
         (folder / "run-0" / RERANKER_OUTCOME_FILE).write_text(json.dumps(outcome))
         ranks = folder / "ranks-0.npz"
@@ -91,21 +101,22 @@ def work(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", [quality, rl_logged])
-def test_both_pages_are_made_of_one_work_folder(work: Path, page: ModuleType) -> None:
-    logs = [f"{name}=nowhere/{name}" for name in LOGS]  # nothing is left to measure, so that no log is read
-    CliRunner().invoke(page.main, ["--work", str(work), "--seeds", "1", *logs], catch_exceptions=False)
+def test_both_pages_are_made_of_one_work_folder(work: Path, page: ModuleType, logs: dict[str, Path]) -> None:
+    """Nothing is left to measure, so that no log is read."""
+    asked = [f"{name}={path}" for name, path in logs.items()]
+    CliRunner().invoke(page.main, ["--work", str(work), "--seeds", "1", *asked], catch_exceptions=False)
     (text,) = (file.read_text() for file in work.glob("*.md"))
     sections = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
-    assert sections == [f"{name}-{split}-{ties.value}" for name, split, ties in settings(LOGS, SPLITS, TIES)]
+    assert sections == [folder_of(work, *one).name for one in settings(logs, SPLITS, TIES)]
     rows = [line for line in text.splitlines() if line.startswith("| policy |")]
     assert len(rows) == 2 * len(sections) - 1  # with and without the request time, which beauty does not have
     assert "- not to be published: seeds: 1 of 5" in text
 
 
-def test_weights_by_rating_are_empty_without_ratings(work: Path) -> None:
-    logs = [f"{name}=nowhere/{name}" for name in ("ml-100k", "beauty")]
+def test_weights_by_rating_are_empty_without_ratings(work: Path, logs: dict[str, Path]) -> None:
+    asked = [f"{name}={logs[name]}" for name in ("ml-100k", "beauty")]
     options = ["--work", str(work), "--seeds", "1", "--splits", "leave-one-out", "--ties", "file"]
-    CliRunner().invoke(rl_logged.main, [*options, *logs], catch_exceptions=False)
+    CliRunner().invoke(rl_logged.main, [*options, *asked], catch_exceptions=False)
     rated, without = (work / "rl_logged.md").read_text().split("\n## ")[1:]
     for label, columns in (("| policy |", (6, 7)), ("| policy over the mix |", (3,))):
         for text, empty in ((rated, False), (without, True)):
