@@ -17,6 +17,7 @@ import click
 import jax
 import numpy as np
 
+from bench.logs import logs_argument
 from bench.publish import Page, begin, less, publish_option, read_figures, write_figures
 from jaxrec.config import ModelConfig, TrainConfig
 from jaxrec.data.batches import TrainBatch
@@ -86,19 +87,18 @@ VARIANTS = (
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--seeds", default=SEEDS)
 @publish_option
-@click.argument("folders", nargs=-1, required=True, metavar="NAME=DATA...")
-def main(work: Path, seeds: int, publish: bool, folders: tuple[str, ...]) -> None:
+@logs_argument
+def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
     """Trains what is not there yet, then writes the table of all that was asked for."""
     keep_freed_memory()
-    paths = {name: Path(path) for name, _, path in (argument.partition("=") for argument in folders)}
-    page = Page("ablation", "Ablation", publish, work, less(logs=(paths, LOGS), seeds=(seeds, SEEDS)))
+    page = Page("ablation", "Ablation", publish, work, less(logs=(logs, LOGS), seeds=(seeds, SEEDS)))
     body = [
         f"TimeRatingAwareContentModel alone, leave-one-out, seeds 0 to {seeds - 1}; NDCG@10 / HR@10, without, then "
         "with the request time. One standard error of NDCG@10 over these cases is about .008: choices were made on "
         "validation, and small differences say nothing.",
     ]
     results = []
-    for name, path in paths.items():
+    for name, path in logs.items():
         data = read_prepared(path)
         body += [
             f"\n## {name}\n",

@@ -14,7 +14,7 @@ class Usage(NamedTuple):
     """Of a process and of those that it waited for.
 
     `seconds` from start to end, the `cpu_seconds` of all, and `peak_gb`, the most memory that one of them held, in
-    10^9 bytes. A process begins as a copy of the one that starts it, so it is at least what that one held then.
+    10^9 bytes. A process begins as a copy of the one that starts it, so `peak_gb` is at least what that one held then.
     """
 
     seconds: float
@@ -30,7 +30,7 @@ def run(command: Sequence[str | Path], **options: Any) -> tuple[str, Usage]:
         options: Of `subprocess.Popen`; with `stdout=subprocess.PIPE`, what it prints is returned.
 
     Returns:
-        What it printed, without the last line's end, and what it used.
+        What it printed, without white space at both ends ("" unless stdout is a pipe), and what it used.
 
     Raises:
         click.ClickException: Its exit status is not 0.

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 import jaxrec
+from bench.logs import logs_argument
 from bench.publish import Page, begin, less, publish_option, write_arrays
 from jaxrec.config import PrepareConfig, TrainConfig
 from jaxrec.data.batches import CaseBatch
@@ -57,15 +58,14 @@ SERVING = "hybrid, if they come while serving"
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Prepared data, runs and ranks stay here.")
 @click.option("--seeds", default=SEEDS)
 @publish_option
-@click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seeds: int, publish: bool, logs: tuple[str, ...]) -> None:
+@logs_argument
+def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
     """Trains and ranks what is not there yet, then writes the tables of all that was asked for."""
     keep_freed_memory()
-    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    lacking = less(logs=(ratings, LOGS), seeds=(seeds, SEEDS))
+    lacking = less(logs=(logs, LOGS), seeds=(seeds, SEEDS))
     page = Page("cold_start", "Cold start", publish, work, lacking)
     results = {
-        name: [measure(path, work / f"{name}-{seed}", seed) for seed in range(seeds)] for name, path in ratings.items()
+        name: [measure(path, work / f"{name}-{seed}", seed) for seed in range(seeds)] for name, path in logs.items()
     }
     body = [
         (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",

@@ -19,6 +19,7 @@ import click
 import numpy as np
 
 import jaxrec
+from bench.logs import logs_argument
 from bench.publish import Page, begin, less, publish_option, write_arrays
 from jaxrec.config import TrainConfig
 from jaxrec.data.prepared import PreparedData
@@ -45,14 +46,13 @@ AMONG_OTHERS = 0.3
     "--work", type=click.Path(path_type=Path), required=True, help="Prepared data, runs and figures stay here."
 )
 @publish_option
-@click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, publish: bool, logs: tuple[str, ...]) -> None:
+@logs_argument
+def main(work: Path, publish: bool, logs: dict[str, Path]) -> None:
     """Trains and measures what is not there yet, then writes the tables."""
     keep_freed_memory()
-    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    page = Page("diversity", "Diversity", publish, work, less(logs=(ratings, LOGS)))
+    page = Page("diversity", "Diversity", publish, work, less(logs=(logs, LOGS)))
     body, files = [(__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n"], []
-    for name, path in ratings.items():
+    for name, path in logs.items():
         done = measure(path, work / name)
         files += [done, done.with_name("begun.json")]
         body += table(name, dict(np.load(done)))

@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from bench.logs import logs_argument
 from bench.publish import Page, less, publish_option
 from bench.quality import RATING_SCALES
 from jaxrec.config import PrepareConfig
@@ -37,13 +38,12 @@ HEAD = ("| half-life, days | prior, events | NDCG@10 | more than popularity |", 
 
 @click.command()
 @publish_option
-@click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(publish: bool, logs: tuple[str, ...]) -> None:
+@logs_argument
+def main(publish: bool, logs: dict[str, Path]) -> None:
     """Measures and prints the page."""
-    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    page = Page("fallback", "Users without a history", publish, None, less(logs=(ratings, LOGS)))
+    page = Page("fallback", "Users without a history", publish, None, less(logs=(logs, LOGS)))
     body = [(__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n"]
-    for name, path in ratings.items():
+    for name, path in logs.items():
         body += table(name, ranks(prepare(path, config=PrepareConfig(5, 5, rating_scale=RATING_SCALES.get(name)))))
     page.write(body)
 

@@ -4,11 +4,11 @@
         movietweetings-50k=PATH/ratings.dat beauty=PATH/beauty
 
 The models are those of `bench.quality` (5 or more ratings, leave-one-out over the whole log, defaults of `jaxrec
-train`), in the same folder. For each row the weights of its parts are learned anew on validation, as `jaxrec train`
-learns them, and the test cases are ranked among the whole catalogue without their history. EASE is the linear item-item
-model (Steck 2019), its penalty and the decay of its history chosen on validation. Figures are means over the seeds;
-differences from the mix of all parts are paired by case, with 95 % bootstrap intervals over the users. What is finished
-stays in the work folder: a call that was interrupted resumes where it stopped.
+train`). For each row the weights of its parts are learned anew on validation, as `jaxrec train` learns them, and the
+test cases are ranked among the whole catalogue without their history. EASE is the linear item-item model (Steck 2019),
+its penalty and the decay of its history chosen on validation. Figures are means over the seeds; differences from the
+mix of all parts are paired by case, with 95 % bootstrap intervals over the users. What is finished stays in the work
+folder, which may be that of `bench.quality`: a call that was interrupted resumes where it stopped.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.linear import best_ease
+from bench.logs import logs_argument
 from bench.publish import Page, begin, less, publish_option, write_arrays
 from bench.quality import begun, measure
 from jaxrec.config import Ties
@@ -65,15 +66,14 @@ VARIANTS = (
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Prepared data, runs and ranks stay here.")
 @click.option("--seeds", default=SEEDS)
 @publish_option
-@click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seeds: int, publish: bool, logs: tuple[str, ...]) -> None:
+@logs_argument
+def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
     """Trains and ranks what is not there yet, then writes the tables."""
     keep_freed_memory()
-    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    page = Page("mix", "The parts of the mix", publish, work, less(logs=(ratings, LOGS), seeds=(seeds, SEEDS)))
+    page = Page("mix", "The parts of the mix", publish, work, less(logs=(logs, LOGS), seeds=(seeds, SEEDS)))
     body = [" ".join((__doc__ or "").split("\n\n")[2].split()) + "\n", f"Seeds 0 to {seeds - 1}."]
     results = []
-    for name, path in ratings.items():
+    for name, path in logs.items():
         files = []
         for seed in range(seeds):
             trained = measure(work, name, path, "leave-one-out", Ties.FILE, seed)

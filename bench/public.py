@@ -9,11 +9,11 @@ Users and items with fewer than 5 events were left out by the publishers. Leave-
 the test case, and the one before, which is for validation, is part of its history. Each case is ranked among the whole
 catalogue without its history. The files hold the order of events but no times and no ratings: all events get one time,
 so jaxrec has neither gaps nor a trend, and no request time is given. Attributes are given as genres. jaxrec is trained
-with its defaults (`jaxrec train`, then `jaxrec rl logged` for the policy, which learns from the training events;
-whether its gate lets it be used is said below); figures are means over the seeds, with 95 % bootstrap intervals over
-the users. EASE's penalty and the decay of its history were chosen on validation. SASRec (RecTools, width 256, softmax
-over the catalogue) has one seed, and ends its training by validation. Published figures are those of the papers, on the
-same files by the same protocol.
+with its defaults and `--seen exclude` (`jaxrec train`, then `jaxrec rl logged` for the policy, which learns from the
+training events; whether its gate lets it be used is said below); figures are means over the seeds, with 95 % bootstrap
+intervals over the users. EASE's penalty and the decay of its history were chosen on validation. SASRec (RecTools, width
+256, softmax over the catalogue) has one seed, and ends its training by validation. Published figures are those of the
+papers, on the same files by the same protocol.
 
 With `--peers` SASRec is trained by the Python of an environment of its own (`bench/peers/sasrec.txt` says which). What
 is finished stays in the work folder: a call that was interrupted resumes where it stopped. `bench.quality` takes its
@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 
 from bench.linear import best_ease
+from bench.logs import SEQUENCES_FILE, is_sequences, logs_argument
 from bench.publish import Page, begin, less, publish_option, write_arrays
 from bench.quality import begun, folder_of, measure, prepared
 from jaxrec.config import Ties
@@ -43,7 +44,7 @@ from jaxrec.runs.directory import RERANKER_OUTCOME_FILE
 from jaxrec.training.host_memory import keep_freed_memory
 
 LOGS, SEEDS = ("beauty",), 3  # of the page
-TOP, MISSED = 50, 1_000_000  # what a peer recommends, and the rank of a target that is not in it
+MISSED = 1_000_000  # the rank of a target that is not among the 50 items that a peer recommends
 EASE, SASREC = "EASE, history weighted by recency", "SASRec, softmax, width 256 (RecTools)"
 # Rows, and their names in the ranks of `bench.quality`.
 MODELS = {
@@ -125,16 +126,17 @@ PUBLISHED = {
 @click.option("--seeds", default=SEEDS)
 @click.option("--peers", type=click.Path(path_type=Path, exists=True), help="Environment of RecTools; None: no SASRec.")
 @publish_option
-@click.argument("logs", nargs=-1, required=True, metavar="NAME=FOLDER...")
-def main(work: Path, seeds: int, peers: Path | None, publish: bool, logs: tuple[str, ...]) -> None:
+@logs_argument
+def main(work: Path, seeds: int, peers: Path | None, publish: bool, logs: dict[str, Path]) -> None:
     """Trains and ranks what is not there yet, then writes the tables of all that was asked for."""
     keep_freed_memory()
-    folders = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    lacking = less(logs=(folders, LOGS), seeds=(seeds, SEEDS), peers=(["SASRec"] if peers else [], ["SASRec"]))
+    if others := [name for name, path in logs.items() if not is_sequences(path)]:
+        raise click.BadParameter(f"{', '.join(others)}: expected a folder with {SEQUENCES_FILE}")
+    lacking = less(logs=(logs, LOGS), seeds=(seeds, SEEDS), peers=(["SASRec"] if peers else [], ["SASRec"]))
     page = Page("public", "Public benchmark files", publish, work, lacking)
     body = [" ".join((__doc__ or "").split("\n\n")[3].split()) + "\n", f"Seeds 0 to {seeds - 1}."]
     results = []
-    for name, folder in folders.items():
+    for name, folder in logs.items():
         of_log = folder_of(work, name)
         data = prepared(of_log / "data", name, folder)
         ours = [measure(work, name, folder, "leave-one-out", Ties.FILE, seed) for seed in range(seeds)]

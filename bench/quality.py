@@ -5,13 +5,13 @@
 
 Each log is filtered to users and movies with 5 ratings or more and split: leave-one-out over the whole log, as the
 literature does, and by time (the last tenth; up to 10 cases of each user), with equal times in the order of the file
-and shuffled (in training and test). beauty has the order of events only (`bench.sequences`): leave-one-out, in this
-order, and no item is recommended again. Each seed trains a run and its policy (`jaxrec train`, `jaxrec rl logged`), and
-each test case is ranked among the whole catalogue without its history; `stacked` is the policy's control, which only
+and shuffled (in training and test). beauty has the order of events only (`bench.logs`): leave-one-out, in this order,
+and no item is recommended again. Each seed trains a run and its policy (`jaxrec train`, `jaxrec rl logged`), and each
+test case is ranked among the whole catalogue without its history; `stacked` is the policy's control, which only
 imitates. The trend counts the events of all users before the case, with and without the request time, and so does
 recent popularity, with the half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 %
 bootstrap intervals over the users. What is finished stays in the work folder: a call that was interrupted resumes where
-it stopped; `bench.rl_logged` takes its figures from the same folder.
+it stopped; `bench.rl_logged`, `bench.public`, `bench.mix` and `bench.trend` take theirs from the same folder.
 """
 
 import itertools
@@ -22,8 +22,8 @@ import click
 import numpy as np
 
 import jaxrec
+from bench.logs import is_sequences, logs_argument, read_sequences, require_source
 from bench.publish import Page, begin, less, publish_option, write_arrays
-from bench.sequences import is_sequences, read_sequences, require_source
 from jaxrec.config import PrepareConfig, RatingScale, SeenItems, SplitKind, Ties, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
@@ -57,20 +57,19 @@ TIES = [ties.value for ties in Ties]
 @click.option("--splits", default=",".join(SPLITS))
 @click.option("--ties", default=",".join(TIES), help="Order of equal times.")
 @publish_option
-@click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tuple[str, ...]) -> None:
+@logs_argument
+def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: dict[str, Path]) -> None:
     """Trains and ranks what is not there yet, then writes the tables of all that was asked for."""
     keep_freed_memory()
-    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
     lacking = less(
-        logs=(ratings, LOGS), splits=(splits.split(","), SPLITS), ties=(ties.split(","), TIES), seeds=(seeds, SEEDS)
+        logs=(logs, LOGS), splits=(splits.split(","), SPLITS), ties=(ties.split(","), TIES), seeds=(seeds, SEEDS)
     )
     page = Page("quality", "Ranking quality", publish, work, lacking)
     results = {
         folder_of(work, name, split, tie).name: [
-            measure(work, name, ratings[name], split, tie, seed) for seed in range(seeds)
+            measure(work, name, logs[name], split, tie, seed) for seed in range(seeds)
         ]
-        for name, split, tie in settings(ratings, splits.split(","), ties.split(","))
+        for name, split, tie in settings(logs, splits.split(","), ties.split(","))
     }
     body = [
         (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
@@ -89,9 +88,9 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
     done = folder / f"ranks-{seed}.npz"
     if done.is_file():
         return done
-    begin(begun(done), folder / f"run-{seed}")
     data, out = prepared(folder / "data", name, ratings, split, ties), folder / f"run-{seed}"
-    # The literature ranks such files without the history.
+    begin(begun(done), out)
+    # The literature leaves the history of such a file out of the ranking, also where items come again.
     config = TrainConfig(seed=seed, seen=SeenItems.EXCLUDE if is_sequences(ratings) else SeenItems.AUTO)
     jaxrec.train(folder / "data", out, train_config=config, resume=(out / "run.json").is_file())
     run = open_run(out)
@@ -119,7 +118,7 @@ def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: 
 
 
 def folder_of(work: Path, name: str, split: str = "leave-one-out", ties: Ties = Ties.FILE) -> Path:
-    """Where the data and the runs of a setting are; by default of the only one of a log without times."""
+    """The folder of a setting's data and runs. The defaults are the only setting of a log without times."""
     return work / f"{name}-{split}-{ties.value}"
 
 

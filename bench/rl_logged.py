@@ -5,14 +5,14 @@
 
 Each log is filtered to users and movies with 5 ratings or more and split: leave-one-out over the whole log, and by time
 (the last tenth; up to 10 cases of each user), with equal times in the order of the file and shuffled. beauty has the
-order of events only: leave-one-out, in this order. Each seed trains a run (`jaxrec train`) and its policy (`jaxrec rl
-logged`), which is used or not, as the gate decides. Out of fold: the last 40 training events of each user, ranked by
-models and a policy that were trained without this user. Test: the test events, each ranked among the whole catalogue
-without the history, with and without the request time, by the hybrid, by the policy's control that only imitates
-(stacked), and by the policy. Reward-weighted NDCG@10 weighs each case by its rating (that of the item where it has
-none); it is empty for a log without ratings. Figures are means over the seeds, with 95 % bootstrap intervals over the
-users; differences are paired by case. What is finished stays in the work folder: a call that was interrupted resumes
-where it stopped; `bench.quality` takes its figures from the same folder.
+order of events only: leave-one-out, in this order, and no item is recommended again. Each seed trains a run (`jaxrec
+train`) and its policy (`jaxrec rl logged`), which is used or not, as the gate decides. Out of fold: the last 40
+training events of each user, ranked by models and a policy that were trained without this user. Test: the test events,
+each ranked among the whole catalogue without the history, with and without the request time, by the hybrid, by the
+policy's control that only imitates (stacked), and by the policy. Reward-weighted NDCG@10 weighs each case by its rating
+(that of the item where it has none); it is empty for a log without ratings. Figures are means over the seeds, with 95 %
+bootstrap intervals over the users; differences are paired by case. What is finished stays in the work folder: a call
+that was interrupted resumes where it stopped; `bench.quality` takes its figures from the same folder.
 """
 
 import json
@@ -22,6 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
+from bench.logs import logs_argument
 from bench.publish import Page, less, publish_option
 from bench.quality import LOGS, SEEDS, SPLITS, TIES, begun, folder_of, measure, settings
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, ratio, resample
@@ -44,13 +45,12 @@ OUT_OF_FOLD = {
 @click.option("--splits", default=",".join(SPLITS))
 @click.option("--ties", default=",".join(TIES), help="Order of equal times.")
 @publish_option
-@click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tuple[str, ...]) -> None:
+@logs_argument
+def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: dict[str, Path]) -> None:
     """Trains and ranks what is not there yet, then writes the tables."""
     keep_freed_memory()
-    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
     lacking = less(
-        logs=(ratings, LOGS), splits=(splits.split(","), SPLITS), ties=(ties.split(","), TIES), seeds=(seeds, SEEDS)
+        logs=(logs, LOGS), splits=(splits.split(","), SPLITS), ties=(ties.split(","), TIES), seeds=(seeds, SEEDS)
     )
     page = Page("rl_logged", "Policies from the run's own log", publish, work, lacking)
     body = [
@@ -58,8 +58,8 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: tu
         f"Seeds 0 to {seeds - 1}. Ties count against the target.\n",
     ]
     files = []
-    for name, split, tie in settings(ratings, splits.split(","), ties.split(",")):
-        of_seeds = [measure(work, name, ratings[name], split, tie, seed) for seed in range(seeds)]
+    for name, split, tie in settings(logs, splits.split(","), ties.split(",")):
+        of_seeds = [measure(work, name, logs[name], split, tie, seed) for seed in range(seeds)]
         outcomes = [
             json.loads((file.parent / f"run-{seed}" / RERANKER_OUTCOME_FILE).read_text())
             for seed, file in enumerate(of_seeds)

@@ -25,6 +25,7 @@ import click
 import jax
 import numpy as np
 
+from bench.logs import logs_argument
 from bench.publish import Page, less, publish_option, read_figures, spread, write_figures
 from bench.rl_loop import interval, trained_half
 from jaxrec.evaluation.metrics import ndcg
@@ -49,15 +50,14 @@ REPEATS, COUNT = 3, 10  # of the measurement of speed
 @click.option("--seeds", default=SEEDS, show_default=True, help="Of the training; the simulators are the same for all.")
 @click.option("--updates", default=SimulatedConfig.updates, show_default=True)
 @publish_option
-@click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seeds: int, updates: int, publish: bool, logs: tuple[str, ...]) -> None:
+@logs_argument
+def main(work: Path, seeds: int, updates: int, publish: bool, logs: dict[str, Path]) -> None:
     """Plays what is not there yet, then writes the tables."""
-    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    asked = less(logs=(ratings, LOGS), seeds=(seeds, SEEDS), updates=(updates, SimulatedConfig.updates))
+    asked = less(logs=(logs, LOGS), seeds=(seeds, SEEDS), updates=(updates, SimulatedConfig.updates))
     page = Page("rl_simulator", "The policy in a simulator", publish, work, asked)
     body = [" ".join(paragraph.split()) + "\n" for paragraph in (__doc__ or "").split("\n\n")[2:]]
     files = []
-    for name, path in ratings.items():
+    for name, path in logs.items():
         of_log, measured = measure(work / name, path, seeds, updates)
         body += [f"\n## {name}\n", *of_log]
         files += measured

@@ -75,7 +75,7 @@ def measure(checkout: Path, target: str) -> Measured:
             _, usage = child.run(["make", target], cwd=checkout, env=environment)
         except click.ClickException as error:
             raise click.ClickException(f"{checkout}: {error}") from error
-        return Measured(commit(checkout), target, *usage, seconds_of_tests(report))
+        return Measured(commit(checkout), target, **usage._asdict(), tests=seconds_of_tests(report))
 
 
 def measure_coverage() -> dict[str, Covered]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from bench.logs import is_sequences, logs_argument
 from bench.publish import Page, less, publish_option
 from bench.quality import begun, measure
 from jaxrec.config import Ties
@@ -32,18 +33,19 @@ ROWS = ("recent popularity", "hybrid without its trend", "hybrid")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Prepared data, runs and ranks stay here.")
 @click.option("--seeds", default=SEEDS)
 @publish_option
-@click.argument("logs", nargs=-1, required=True, metavar="NAME=RATINGS...")
-def main(work: Path, seeds: int, publish: bool, logs: tuple[str, ...]) -> None:
+@logs_argument
+def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
     """Trains and ranks what is not there yet, then writes the tables."""
     keep_freed_memory()
-    ratings = {name: Path(path) for name, _, path in (log.partition("=") for log in logs)}
-    page = Page("trend", "The trend", publish, work, less(logs=(ratings, LOGS), seeds=(seeds, SEEDS)))
+    if without := [name for name, path in logs.items() if is_sequences(path)]:
+        raise click.BadParameter(f"{', '.join(without)}: a log without times has no trend")
+    page = Page("trend", "The trend", publish, work, less(logs=(logs, LOGS), seeds=(seeds, SEEDS)))
     body = [
         (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
         f"Seeds 0 to {seeds - 1}. Ties count against the target.\n",
     ]
     files = []
-    for name, path in ratings.items():
+    for name, path in logs.items():
         of_seeds = [measure(work, name, path, "leave-one-out", Ties.FILE, seed) for seed in range(seeds)]
         files += of_seeds
         body += table(name, of_seeds)

@@ -10,14 +10,17 @@ import pytest
 from bench import public
 from bench.linear import best_ease, ease, ease_scorer
 from bench.publish import write_arrays
-from bench.quality import prepared
+from bench.quality import prepared, scorers
 from jaxrec.config import PrepareConfig
 from jaxrec.data.batches import case_batches
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import ITEM, TIME, USER
+from jaxrec.data.trend import DecayedCounts
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import Shared
+from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import RERANKER_OUTCOME_FILE
 
 USERS, ITEMS = 60, 12
@@ -113,18 +116,25 @@ def test_a_peer_gets_the_parts_and_its_lists_become_ranks(folder: Path) -> None:
     assert public.ranks_of(lists, data).tolist() == expected.tolist()
 
 
-def test_the_table_has_what_was_published_beside_what_was_run(folder: Path) -> None:
+def test_the_table_has_what_was_published_beside_what_was_run(
+    folder: Path, small_data: PreparedData, small_hybrid: Hybrid
+) -> None:
+    """The ranks of a model are those under its own name; the two seeds have the first and the third place."""
     data = prepared(folder / "work/data", "circle", folder)
+    names = ["policy", *scorers(small_hybrid, DecayedCounts.of(small_data), Shared())]
     seeds = []
-    for seed, rank in enumerate((1, 100)):
+    for seed in range(2):
         seeds.append(folder / f"ranks-{seed}.npz")
-        write_arrays(seeds[-1], {f"{key}|False|ranks": np.full(USERS, rank) for key in public.MODELS.values()})
+        every = {f"{name}|False|ranks": np.full(USERS, 100) for name in names}
+        write_arrays(seeds[-1], every | {"hybrid|False|ranks": np.full(USERS, 1 + 2 * seed)})
         (folder / f"run-{seed}").mkdir()
         (folder / f"run-{seed}" / RERANKER_OUTCOME_FILE).write_text(json.dumps({"used": seed == 0}))
     write_arrays(folder / "ease.npz", {"ranks": np.full(USERS, 2), "penalty": 100.0, "decay": 0.9})
     lines = public.table("yelp", data, seeds, {public.EASE: folder / "ease.npz"})
     assert "| BSARec | BSARec, AAAI 2024, a user's run | 0.0442 | 0.0226 |" in lines
     assert f"| {public.EASE} | run here | 1.0000 (1.0000 to 1.0000) | 0.6309 (0.6309 to 0.6309) |" in lines
-    assert "| jaxrec, hybrid | run here | 0.5000 (0.5000 to 0.5000) | 0.5000 (0.5000 to 0.5000) |" in lines
+    assert "| jaxrec, hybrid | run here | 1.0000 (1.0000 to 1.0000) | 0.7500 (0.7500 to 0.7500) |" in lines
+    for model in ("policy", "content model alone", "LSTM alone"):
+        assert f"| jaxrec, {model} | run here | 0.0000 (0.0000 to 0.0000) | 0.0000 (0.0000 to 0.0000) |" in lines
     assert "EASE: penalty 100, decay 0.9." in lines
     assert "The gate let 1 of 2 policies be used." in lines

@@ -179,10 +179,10 @@ def measure_quality(work: Path, name: str, ratings: Path, split: str, ties: obje
 
 def run_quality(work: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Result:
     monkeypatch.setattr(quality, "measure", measure_quality)
-    beauty = work / "logs/beauty"
-    beauty.mkdir(parents=True, exist_ok=True)
-    (beauty / "sequences.txt").touch()
-    logs = ["ml-100k=u.data", "ml-latest-small=ml", "movietweetings-50k=ratings.dat", f"beauty={beauty}"]
+    for name in quality.LOGS:
+        (work / "logs" / name).mkdir(parents=True, exist_ok=True)
+    (work / "logs/beauty/sequences.txt").touch()
+    logs = [f"{name}={work}/logs/{name}" for name in quality.LOGS]
     return CliRunner().invoke(quality.main, ["--work", str(work), *options, *logs])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bench import quality, rl_logged
+from bench import public, quality, rl_logged, trend
 from bench.publish import begin, write_arrays
 from bench.quality import LOGS, SPLITS, TIES, begun, folder_of, prepared, settings
 from jaxrec.config import Ties
@@ -24,10 +24,12 @@ USERS = np.repeat(np.arange(6), 2)
 
 @pytest.fixture
 def logs(tmp_path: Path) -> dict[str, Path]:
-    """Of each log of the page no more than that beauty is a folder of sequences."""
-    (tmp_path / "logs/beauty").mkdir(parents=True)
-    (tmp_path / "logs/beauty/sequences.txt").touch()
-    return {name: tmp_path / "logs" / name for name in LOGS}
+    """The logs of the page: empty folders, that of beauty of sequences."""
+    found = {name: tmp_path / "logs" / name for name in LOGS}
+    for path in found.values():
+        path.mkdir(parents=True)
+    (found["beauty"] / "sequences.txt").touch()
+    return found
 
 
 def test_a_log_without_times_has_one_setting_and_others_have_all(logs: dict[str, Path]) -> None:
@@ -100,6 +102,18 @@ def work(tmp_path: Path, logs: dict[str, Path]) -> Path:
     return tmp_path
 
 
+def test_a_path_that_is_not_there_and_a_log_of_another_kind_are_refused(tmp_path: Path, logs: dict[str, Path]) -> None:
+    for page, log, reason in (
+        (quality, f"beauty={tmp_path}/beuaty", "expected NAME=PATH of a log that is there"),
+        (quality, "beauty", "expected NAME=PATH of a log that is there"),
+        (trend, f"beauty={logs['beauty']}", "beauty: a log without times has no trend"),
+        (public, f"ml-100k={logs['ml-100k']}", "ml-100k: expected a folder with sequences.txt"),
+    ):
+        result = CliRunner().invoke(page.main, ["--work", str(tmp_path / "w"), log])
+        assert (result.exit_code, reason in result.output) == (2, True), result.output
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("page", [quality, rl_logged])
 def test_both_pages_are_made_of_one_work_folder(work: Path, page: ModuleType, logs: dict[str, Path]) -> None:
     """Nothing is left to measure, so that no log is read."""
@@ -108,6 +122,7 @@ def test_both_pages_are_made_of_one_work_folder(work: Path, page: ModuleType, lo
     (text,) = (file.read_text() for file in work.glob("*.md"))
     sections = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
     assert sections == [folder_of(work, *one).name for one in settings(logs, SPLITS, TIES)]
+    assert {"ml-100k-temporal-random", "beauty-leave-one-out-file"} < set(sections)
     rows = [line for line in text.splitlines() if line.startswith("| policy |")]
     assert len(rows) == 2 * len(sections) - 1  # with and without the request time, which beauty does not have
     assert "- not to be published: seeds: 1 of 5" in text

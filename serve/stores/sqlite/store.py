@@ -314,20 +314,16 @@ class SQLiteStore(SqlStore):
             raise
 
     def _begin_preparing(self, connection: sqlite3.Connection) -> None:
-        """Begins to write; waits as long as another process does, which may be bringing a large log up to date. Raises
-        sqlite3.Error."""
+        """Begins a transaction that writes. Waits without a limit while another process has one: it may be bringing a
+        large log up to date. Raises sqlite3.Error."""
         while True:
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 return
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                     raise
-            logger.warning(
-                "%s: another process writes to it for %g s or more, it may be bringing the store up to date: waiting",
-                self._path,
-                LOCK_TIMEOUT_S,
-            )
+            logger.warning("%s: locked by another process, which may be bringing it up to date: waiting", self._path)
 
     def _version(self, connection: sqlite3.Connection) -> int:
         """The version of the schema, 0 for an empty file; raises StoreError when it is no store's."""
@@ -364,7 +360,7 @@ def _write_ahead(connection: sqlite3.Connection) -> str:
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             return str(mode)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
                 raise
         time.sleep(RETRY_S)
 

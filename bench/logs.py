@@ -1,8 +1,9 @@
-"""Reads public benchmark files that hold the order of events but no times, as S3-Rec (CIKM 2020) published them, and
-notes of which files data were prepared."""
+"""The logs that a bench measures: its arguments, of which files data were prepared, and public benchmark files. Those have
+the order of events but no times, as S3-Rec (CIKM 2020) published them."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -17,8 +18,22 @@ ONE_TIME = 1_262_304_000
 SEQUENCES_FILE = "sequences.txt"
 
 
+def _paths(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, Path]:
+    """Raises click.BadParameter."""
+    found: dict[str, Path] = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        if not path or not Path(path).exists():
+            raise click.BadParameter(f"{value}: expected NAME=PATH of a log that is there")
+        found[name] = Path(path)
+    return found
+
+
+logs_argument = click.argument("logs", nargs=-1, required=True, metavar="NAME=PATH...", callback=_paths)
+
+
 def is_sequences(log: Path) -> bool:
-    """Whether a log is a folder of such files, and so has no times."""
+    """Whether a log is a folder of public files, and so has no times."""
     return (log / SEQUENCES_FILE).is_file()
 
 
