@@ -1,5 +1,7 @@
-"""The logs that a bench measures: its arguments, of which files data were prepared, and public benchmark files. Those have
-the order of events but no times, as S3-Rec (CIKM 2020) published them."""
+"""The logs that a bench measures: its arguments, of which files data were prepared, and public benchmark files.
+
+Those have the order of events but no times, as S3-Rec (CIKM 2020) published them.
+"""
 
 import hashlib
 import json
