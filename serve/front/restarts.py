@@ -55,8 +55,10 @@ class KeptServer:
 
     async def stop(self) -> None:
         """Ends it, with the calls that are under way."""
-        if self._keeper is not None:
+        # More than once: `asyncio.wait_for` within gRPC can lose a cancellation.
+        while self._keeper is not None and not self._keeper.done():
             self._keeper.cancel()
+            await asyncio.wait([self._keeper], timeout=LOOK_S)
         await self._end_failed()
         await self._server.stop(None)
 
@@ -100,7 +102,8 @@ class KeptServer:
     async def _end_failed(self) -> None:
         for cut, ending in self._failed:
             cut.set()
-            await ending
+            # `stop` cancels the keeper while that waits here, and waits here itself.
+            await asyncio.shield(ending)
         self._failed.clear()
 
 

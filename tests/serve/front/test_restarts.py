@@ -1,9 +1,11 @@
 """A path that is not UTF-8 makes gRPC's asyncio server fail; another takes its place."""
 
+import asyncio
 import ssl
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -135,6 +137,48 @@ def test_a_server_that_cannot_be_replaced_says_so(monkeypatch: pytest.MonkeyPatc
         stranger.call(PATHS[0], b"")
         assert failed.wait(PATIENCE_S)
     shared_loop().wait_for(server.stop())
+
+
+class FailingServer:
+    """Fails at once, and is stopped once `goes_on` is set."""
+
+    def __init__(self, goes_on: asyncio.Event) -> None:
+        self.stops = 0
+        self._goes_on = goes_on
+
+    async def start(self) -> None: ...
+
+    async def wait_for_termination(self, timeout: float) -> bool:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    async def stop(self, grace: float | None) -> None:
+        self.stops += 1
+        await self._goes_on.wait()
+
+
+def test_a_stop_waits_for_the_failed_servers_of_which_one_is_being_ended() -> None:
+    """The second failure has the first server ended; the stop comes meanwhile."""
+    opened: list[FailingServer] = []
+
+    async def play() -> None:
+        goes_on = asyncio.Event()
+
+        def open_server(port: int | None) -> tuple[Any, int]:
+            opened.append(FailingServer(goes_on))
+            return opened[-1], 1
+
+        server = KeptServer(open_server)
+        await server.start()
+        while not opened[0].stops:
+            await asyncio.sleep(0)
+        stop = asyncio.create_task(server.stop())
+        await asyncio.sleep(0)
+        assert not stop.done()
+        goes_on.set()
+        await stop
+
+    asyncio.run(play())
+    assert [one.stops for one in opened] == [1, 1]
 
 
 def connected(address: str, tls: ssl.SSLContext | None = None) -> RawClient:
