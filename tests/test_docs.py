@@ -49,6 +49,7 @@ REQUEST_TIME = {"jaxrec, without request time": "no", "jaxrec, with request time
 SERVERS = {
     "empty call to jaxrec's server": "echo, loop",
     "jaxrec, stored user": "ours, stored user",
+    "jaxrec, stored user, reranker": "ours, stored user, reranker",
     "jaxrec, stored user, fast front": "ours, fast front, stored user",
     "jaxrec, stored user, fast front behind nginx": "ours, fast front, stored user, nginx",
     "jaxrec, history sent along": "ours, inline history",
