@@ -13,9 +13,10 @@ demo: .venv/installed
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What takes minutes: training, export, databases, worlds of their own.
 SLOW := training runs rl onnx examples bench models evaluation cli/test_cli.py cli/test_recommend.py \
-	test_parity_with_serving.py data/distributed data/reading/test_rows.py serve/stores \
-	serve/test_imports.py serve/test_filters.py serve/test_repeats.py serve/model/test_search.py \
-	serve/model/test_filtered_search.py data/test_bad_input.py data/test_prepare.py data/test_append.py
+	test_parity_with_serving.py data/distributed data/reading/test_rows.py data/test_bad_input.py data/test_prepare.py \
+	data/test_append.py data/test_split.py serve/stores serve/model serve/front serve/http serve/cli serve/serving \
+	serve/test_imports.py serve/test_filters.py serve/test_repeats.py serve/test_catalogue.py \
+	serve/api/test_validation.py serve/api/test_contract.py serve/api/test_answers.py
 
 test: .venv/installed
 	$(BIN)/python $(PYTEST)

@@ -38,6 +38,7 @@ FEW_CASES = 256
 LEAST_BATCH, LARGEST_BATCH = 16, 256  # cases that are ranked at once
 BATCH_FLOATS = 2**24
 Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
 class Ranked(NamedTuple):
@@ -116,18 +117,33 @@ def rank_together(
     width, size = min(TOP, len(data.catalog)), batch_size(len(cases), len(data.catalog))
     found = {key: Ranked(np.empty(len(cases), np.int32), np.empty((len(cases), width), np.int32)) for key in scorers}
     ordered, places = in_time(data, cases)
-    with tqdm(desc=progress, total=len(cases), unit="case", disable=progress is None) as bar:
+
+    def asked() -> Iterator[tuple[np.ndarray, dict[Key, tuple[jax.Array, jax.Array]]]]:
         for chosen, longest in by_length(data, ordered, max_length):
             of_length = Cases(ordered.users[chosen], ordered.rows[chosen])
             for number, batch in enumerate(case_batches(data, of_length, longest, size, exclude_seen)):
                 before_batch()
-                of_batch, untimed = chosen[number * size : (number + 1) * size], without_request_time(batch)
+                untimed, answers = without_request_time(batch), {}
                 for key, (scorer, request_time) in scorers.items():
                     scores = scorer(batch if request_time else untimed)
-                    ranks, top = _rank_batch(scores, batch.target, batch.exclude)
-                    found[key].ranks[of_batch], found[key].top[of_batch] = ranks[: len(of_batch)], top[: len(of_batch)]
-                bar.update(len(of_batch))
+                    answers[key] = _rank_batch(scores, batch.target, batch.exclude)
+                yield chosen[number * size : (number + 1) * size], answers
+
+    with tqdm(desc=progress, total=len(cases), unit="case", disable=progress is None) as bar:
+        for of_batch, answers in one_behind(asked()):
+            for key, (ranks, top) in answers.items():
+                found[key].ranks[of_batch], found[key].top[of_batch] = ranks[: len(of_batch)], top[: len(of_batch)]
+            bar.update(len(of_batch))
     return {key: Ranked(ranked.ranks[places], ranked.top[places]) for key, ranked in found.items()}
+
+
+def one_behind(values: Iterator[Value]) -> Iterator[Value]:
+    """Each value once the next one was asked for, so that JAX computes it while the next one is prepared."""
+    before = list(itertools.islice(values, 1))
+    for value in values:
+        yield before.pop()
+        before.append(value)
+    yield from before
 
 
 def by_length(data: PreparedData, cases: Cases, max_length: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -166,14 +182,17 @@ def ranks_by_request_time(
     cases with histories of like length go together. `before_batch` is called before each batch."""
     graphdef, variables = nnx.split(model)
     ranks, size = np.empty((2, len(cases)), np.int32), batch_size(len(cases), len(data.catalog))
-    for chosen, longest in by_length(data, cases, model.config.max_length):
-        of_length = Cases(cases.users[chosen], cases.rows[chosen])
-        found = []
-        for batch in case_batches(data, of_length, longest, size, exclude_seen):
-            before_batch()
-            asked = batch.events, batch.request_gap, batch.target, batch.exclude
-            found.append(np.asarray(_both_ranks(graphdef, variables, *asked)))
-        ranks[:, chosen] = np.concatenate(found, axis=1)[:, : len(chosen)]
+
+    def asked() -> Iterator[tuple[np.ndarray, jax.Array]]:
+        for chosen, longest in by_length(data, cases, model.config.max_length):
+            of_length = Cases(cases.users[chosen], cases.rows[chosen])
+            for number, batch in enumerate(case_batches(data, of_length, longest, size, exclude_seen)):
+                before_batch()
+                of_both = _both_ranks(graphdef, variables, batch.events, batch.request_gap, batch.target, batch.exclude)
+                yield chosen[number * size : (number + 1) * size], of_both
+
+    for of_batch, of_both in one_behind(asked()):
+        ranks[:, of_batch] = np.asarray(of_both)[:, : len(of_batch)]
     return ranks
 
 

@@ -1,5 +1,7 @@
 """Ranks of validation: read once for both ways to ask, in groups of like length, they are those of each way alone."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,7 +10,7 @@ from jaxrec.config import ModelConfig, PrepareConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.split import Cases
 from jaxrec.evaluation import ranking
-from jaxrec.evaluation.ranking import LENGTHS, rank_cases, ranks_by_request_time
+from jaxrec.evaluation.ranking import LENGTHS, one_behind, rank_cases, ranks_by_request_time
 from jaxrec.evaluation.scorers import sequence_scorer
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from tests.synthetic import random_log
@@ -31,3 +33,16 @@ def test_both_ways_at_once_rank_as_each_alone(monkeypatch: pytest.MonkeyPatch) -
         alone = rank_cases(sequence_scorer(model), data, cases, max_length, request_time)
         np.testing.assert_array_equal(ranks, alone.ranks)
     assert (found[0] != found[1]).any()
+
+
+def test_each_value_comes_once_the_next_one_was_asked_for() -> None:
+    asked: list[int] = []
+
+    def values(count: int) -> Iterator[int]:
+        for value in range(count):
+            asked.append(value)
+            yield value
+
+    for value in one_behind(values(3)):
+        assert asked == list(range(min(value + 2, 3)))
+    assert [list(one_behind(values(count))) for count in range(3)] == [[], [0], [0, 1]]
