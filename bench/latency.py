@@ -1,7 +1,7 @@
 """Latency, throughput and CPU cost of the server, beside its floor and beside its peers.
 
-    python bench/make_model.py --items 10000 --out runs/bench-model
-    python bench/make_model.py --items 10000 --reranker --out runs/bench-reranker
+    python -m bench.make_model --items 10000 --out runs/bench-model
+    python -m bench.make_model --items 10000 --reranker --out runs/bench-reranker
     python3.11 -m venv runs/peers && runs/peers/bin/pip install -r bench/peers/requirements.txt
     python -m bench.latency runs/bench-model --reranker runs/bench-reranker --peers runs/peers --plot runs/latency.svg
 
@@ -396,7 +396,7 @@ def main(
     for name, value in described.items():
         click.echo(f"- {name}: {value}")
     click.echo(f"- {length} events, top {k}, {rounds} interleaved rounds of {seconds:g} s\n\n{table(measured)}\n")
-    click.echo("| what | seconds to serve | resident MB |\n|---|---|---|")
+    click.echo("| what | seconds to serve | resident MiB |\n|---|---|---|")
     for name, megabytes in memory.items():
         begun = seconds_to_serve.get("ours" if name.startswith("ours") else name)
         click.echo(f"| {name} | {'-' if begun is None else f'{begun:.2f}'} | {megabytes:.0f} |")

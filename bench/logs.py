@@ -1,6 +1,6 @@
-"""The logs that a bench measures: its arguments, of which files data were prepared, and public benchmark files.
+"""The logs that a bench measures: its arguments, of which files data were prepared, and files of sequences.
 
-Those have the order of events but no times, as S3-Rec (CIKM 2020) published them.
+S3-Rec (CIKM 2020) published its benchmark files so: with the order of events, and no times.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ def _paths(context: click.Context, parameter: click.Parameter, values: Sequence[
     found: dict[str, Path] = {}
     for value in values:
         name, _, path = value.partition("=")
-        if not path or not Path(path).exists():
-            raise click.BadParameter(f"{value}: expected NAME=PATH of a log that is there")
+        if not name or name in found or not path or not Path(path).exists():
+            raise click.BadParameter(f"{value}: expected NAME=PATH of a log that is there, and each name once")
         found[name] = Path(path)
     return found
 
@@ -35,7 +35,7 @@ logs_argument = click.argument("logs", nargs=-1, required=True, metavar="NAME=PA
 
 
 def is_sequences(log: Path) -> bool:
-    """Whether a log is a folder of public files, and so has no times."""
+    """Whether a log is a folder with SEQUENCES_FILE: it has an order of events, and no times."""
     return (log / SEQUENCES_FILE).is_file()
 
 

@@ -117,6 +117,8 @@ def rank_together(
     width, size = min(TOP, len(data.catalog)), batch_size(len(cases), len(data.catalog))
     found = {key: Ranked(np.empty(len(cases), np.int32), np.empty((len(cases), width), np.int32)) for key in scorers}
     ordered, places = in_time(data, cases)
+    # The scores of a very large catalogue fill the memory: those of one scorer at a time.
+    settle = jax.block_until_ready if size <= LEAST_BATCH else tuple
 
     def asked() -> Iterator[tuple[np.ndarray, dict[Key, tuple[jax.Array, jax.Array]]]]:
         for chosen, longest in by_length(data, ordered, max_length):
@@ -126,13 +128,14 @@ def rank_together(
                 untimed, answers = without_request_time(batch), {}
                 for key, (scorer, request_time) in scorers.items():
                     scores = scorer(batch if request_time else untimed)
-                    answers[key] = _rank_batch(scores, batch.target, batch.exclude)
+                    answers[key] = settle(_rank_batch(scores, batch.target, batch.exclude))
                 yield chosen[number * size : (number + 1) * size], answers
 
     with tqdm(desc=progress, total=len(cases), unit="case", disable=progress is None) as bar:
         for of_batch, answers in one_behind(asked()):
             for key, (ranks, top) in answers.items():
-                found[key].ranks[of_batch], found[key].top[of_batch] = ranks[: len(of_batch)], top[: len(of_batch)]
+                found[key].ranks[of_batch] = np.asarray(ranks)[: len(of_batch)]
+                found[key].top[of_batch] = np.asarray(top)[: len(of_batch)]
             bar.update(len(of_batch))
     return {key: Ranked(ranked.ranks[places], ranked.top[places]) for key, ranked in found.items()}
 

@@ -106,6 +106,7 @@ def test_a_path_that_is_not_there_and_a_log_of_another_kind_are_refused(tmp_path
     for page, log, reason in (
         (quality, f"beauty={tmp_path}/beuaty", "expected NAME=PATH of a log that is there"),
         (quality, "beauty", "expected NAME=PATH of a log that is there"),
+        (quality, f"={logs['beauty']}", "expected NAME=PATH of a log that is there"),
         (trend, f"beauty={logs['beauty']}", "beauty: a log without times has no trend"),
         (public, f"ml-100k={logs['ml-100k']}", "ml-100k: expected a folder with sequences.txt"),
     ):

@@ -140,11 +140,11 @@ def test_a_server_that_cannot_be_replaced_says_so(monkeypatch: pytest.MonkeyPatc
 
 
 class FailingServer:
-    """Fails at once, and is stopped once `goes_on` is set."""
+    """Fails at once, and a stop of it waits for `goes_on`."""
 
     def __init__(self, goes_on: asyncio.Event) -> None:
-        self.stops = 0
-        self._goes_on = goes_on
+        self.begun = self.ended = 0
+        self.goes_on = goes_on
 
     async def start(self) -> None: ...
 
@@ -152,8 +152,9 @@ class FailingServer:
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
 
     async def stop(self, grace: float | None) -> None:
-        self.stops += 1
-        await self._goes_on.wait()
+        self.begun += 1
+        await self.goes_on.wait()
+        self.ended += 1
 
 
 def test_a_stop_waits_for_the_failed_servers_of_which_one_is_being_ended() -> None:
@@ -162,23 +163,26 @@ def test_a_stop_waits_for_the_failed_servers_of_which_one_is_being_ended() -> No
 
     async def play() -> None:
         goes_on = asyncio.Event()
+        goes_on.set()
 
         def open_server(port: int | None) -> tuple[Any, int]:
-            opened.append(FailingServer(goes_on))
+            # The first one alone waits.
+            opened.append(FailingServer(asyncio.Event() if not opened else goes_on))
             return opened[-1], 1
 
         server = KeptServer(open_server)
         await server.start()
-        while not opened[0].stops:
+        while not opened[0].begun:
             await asyncio.sleep(0)
         stop = asyncio.create_task(server.stop())
-        await asyncio.sleep(0)
+        for _ in range(20):
+            await asyncio.sleep(0)
         assert not stop.done()
-        goes_on.set()
+        opened[0].goes_on.set()
         await stop
 
     asyncio.run(play())
-    assert [one.stops for one in opened] == [1, 1]
+    assert [(one.begun, one.ended) for one in opened] == [(1, 1), (1, 1)]
 
 
 def connected(address: str, tls: ssl.SSLContext | None = None) -> RawClient:
