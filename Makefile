@@ -15,8 +15,9 @@ PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 SLOW := training runs rl onnx examples bench models evaluation cli/test_cli.py cli/test_recommend.py \
 	test_parity_with_serving.py data/distributed data/reading/test_rows.py data/test_bad_input.py data/test_prepare.py \
 	data/test_append.py data/test_split.py serve/stores serve/model serve/front serve/http serve/cli serve/serving \
-	serve/event_log serve/test_trending.py serve/api/test_outcomes.py serve/test_imports.py serve/test_filters.py serve/test_repeats.py serve/test_catalogue.py \
-	serve/api/test_validation.py serve/api/test_contract.py serve/api/test_answers.py
+	serve/event_log serve/test_trending.py serve/test_imports.py serve/test_filters.py serve/test_repeats.py \
+	serve/test_catalogue.py serve/api/test_outcomes.py serve/api/test_validation.py serve/api/test_contract.py \
+	serve/api/test_answers.py
 
 test: .venv/installed
 	$(BIN)/python $(PYTEST)

@@ -52,7 +52,7 @@ def wait(child: "subprocess.Popen[Any]", start: float) -> Usage:
     """Waits for a process, sets its `returncode`, and returns what it used.
 
     Args:
-        child: The process; nobody has waited for it yet.
+        child: The process, which was not waited for yet.
         start: `time.perf_counter()` before it started.
     """
     _, status, usage = os.wait4(child.pid, 0)  # of this child and its own alone

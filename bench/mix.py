@@ -22,7 +22,6 @@ from bench.linear import best_ease
 from bench.logs import logs_argument
 from bench.publish import Page, begin, less, publish_option, write_arrays
 from bench.quality import begun, measure
-from jaxrec.config import Ties
 from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
@@ -76,7 +75,7 @@ def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
     for name, path in logs.items():
         files = []
         for seed in range(seeds):
-            trained = measure(work, name, path, "leave-one-out", Ties.FILE, seed)
+            trained = measure(work, name, path, seed)
             files.append(measure_variants(trained, seed))
             results += [trained, files[-1], begun(trained), begun(files[-1])]
         body += table(name, files)

@@ -33,7 +33,6 @@ from bench.linear import best_ease
 from bench.logs import SEQUENCES_FILE, is_sequences, logs_argument
 from bench.publish import Page, begin, less, publish_option, write_arrays
 from bench.quality import begun, folder_of, measure, prepared
-from jaxrec.config import Ties
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
 from jaxrec.evaluation.bootstrap import bootstrap, resample
@@ -139,7 +138,7 @@ def main(work: Path, seeds: int, peers: Path | None, publish: bool, logs: dict[s
     for name, folder in logs.items():
         of_log = folder_of(work, name)
         data = prepared(of_log / "data", name, folder)
-        ours = [measure(work, name, folder, "leave-one-out", Ties.FILE, seed) for seed in range(seeds)]
+        ours = [measure(work, name, folder, seed) for seed in range(seeds)]
         others = {EASE: measure_ease(of_log)}
         if peers:
             others[SASREC] = measure_sasrec(of_log, peers)

@@ -67,7 +67,7 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: di
     page = Page("quality", "Ranking quality", publish, work, lacking)
     results = {
         folder_of(work, name, split, tie).name: [
-            measure(work, name, logs[name], split, tie, seed) for seed in range(seeds)
+            measure(work, name, logs[name], seed, split, tie) for seed in range(seeds)
         ]
         for name, split, tie in settings(logs, splits.split(","), ties.split(","))
     }
@@ -82,7 +82,9 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: di
     page.write(body, [*files, *(begun(file) for file in files)])
 
 
-def measure(work: Path, name: str, ratings: Path, split: str, ties: Ties, seed: int) -> Path:
+def measure(
+    work: Path, name: str, ratings: Path, seed: int, split: str = "leave-one-out", ties: Ties = Ties.FILE
+) -> Path:
     """The ranks of one seed's models, in WORK/NAME-SPLIT-TIES/ranks-SEED.npz."""
     folder = folder_of(work, name, split, ties)
     done = folder / f"ranks-{seed}.npz"

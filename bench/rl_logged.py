@@ -59,7 +59,7 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: di
     ]
     files = []
     for name, split, tie in settings(logs, splits.split(","), ties.split(",")):
-        of_seeds = [measure(work, name, logs[name], split, tie, seed) for seed in range(seeds)]
+        of_seeds = [measure(work, name, logs[name], seed, split, tie) for seed in range(seeds)]
         outcomes = [
             json.loads((file.parent / f"run-{seed}" / RERANKER_OUTCOME_FILE).read_text())
             for seed, file in enumerate(of_seeds)

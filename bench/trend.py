@@ -20,7 +20,6 @@ import numpy as np
 from bench.logs import is_sequences, logs_argument
 from bench.publish import Page, less, publish_option
 from bench.quality import begun, measure
-from jaxrec.config import Ties
 from jaxrec.evaluation.bootstrap import Resamples, bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.training.host_memory import keep_freed_memory
@@ -46,7 +45,7 @@ def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
     ]
     files = []
     for name, path in logs.items():
-        of_seeds = [measure(work, name, path, "leave-one-out", Ties.FILE, seed) for seed in range(seeds)]
+        of_seeds = [measure(work, name, path, seed) for seed in range(seeds)]
         files += of_seeds
         body += table(name, of_seeds)
     page.write(body, [*files, *map(begun, files)])

@@ -117,8 +117,6 @@ def rank_together(
     width, size = min(TOP, len(data.catalog)), batch_size(len(cases), len(data.catalog))
     found = {key: Ranked(np.empty(len(cases), np.int32), np.empty((len(cases), width), np.int32)) for key in scorers}
     ordered, places = in_time(data, cases)
-    # The scores of a very large catalogue fill the memory: those of one scorer at a time.
-    settle = jax.block_until_ready if size <= LEAST_BATCH else tuple
 
     def asked() -> Iterator[tuple[np.ndarray, dict[Key, tuple[jax.Array, jax.Array]]]]:
         for chosen, longest in by_length(data, ordered, max_length):
@@ -128,7 +126,10 @@ def rank_together(
                 untimed, answers = without_request_time(batch), {}
                 for key, (scorer, request_time) in scorers.items():
                     scores = scorer(batch if request_time else untimed)
-                    answers[key] = settle(_rank_batch(scores, batch.target, batch.exclude))
+                    answers[key] = _rank_batch(scores, batch.target, batch.exclude)
+                    if size <= LEAST_BATCH:
+                        # The scores of a very large catalogue fill the memory: those of one scorer at a time.
+                        jax.block_until_ready(answers[key])
                 yield chosen[number * size : (number + 1) * size], answers
 
     with tqdm(desc=progress, total=len(cases), unit="case", disable=progress is None) as bar:

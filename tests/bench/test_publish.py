@@ -167,7 +167,7 @@ def test_a_result_that_names_no_commit_is_an_error(tmp_path: Path) -> None:
         origin(tmp_path / "old.npz")
 
 
-def measure_quality(work: Path, name: str, ratings: Path, split: str, ties: object, seed: int) -> Path:
+def measure_quality(work: Path, name: str, ratings: Path, seed: int, split: str, ties: object) -> Path:
     """In place of a training: one case, whose target is first."""
     arrays = {"popularity": np.array([0, 3, 1]), "users": np.array([0]), "data": "0" * 64}
     arrays |= {"hybrid|False|ranks": np.array([1]), "hybrid|False|top": np.array([[1, 2]])}

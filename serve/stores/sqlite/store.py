@@ -321,7 +321,7 @@ class SQLiteStore(SqlStore):
                 connection.execute("BEGIN IMMEDIATE")
                 return
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                if not _is_busy(error):
                     raise
             logger.warning("%s: locked by another process, which may be bringing it up to date: waiting", self._path)
 
@@ -360,9 +360,14 @@ def _write_ahead(connection: sqlite3.Connection) -> str:
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             return str(mode)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+            if not _is_busy(error) or time.monotonic() >= until:
                 raise
         time.sleep(RETRY_S)
+
+
+def _is_busy(error: sqlite3.OperationalError) -> bool:
+    """Whether another connection holds a lock. Extended codes have the code in their last byte."""
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _insert_events(connection: sqlite3.Connection, events: Sequence[UserEvent]) -> list[UserEvent]:
