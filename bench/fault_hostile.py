@@ -45,6 +45,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from bench.fronts import deployed, fast_option
+from bench.load import memory_mb
 from serve.api.rules import MAX_BATCH, MAX_BATCH_ITEMS, MAX_BATCH_METADATA, MAX_BATCH_RULED, MAX_ID_LENGTH, MAX_K
 from serve.client import Connection, Event, RecommenderClient, UserEvent, recommend_request
 from serve.http.limits import MAX_CONNECTIONS
@@ -536,11 +537,6 @@ def same_answer(first: RecommendResponse, second: RecommendResponse) -> bool:
     return all(math.isclose(one.score, other.score, abs_tol=1e-3) for one, other in pairs)
 
 
-def resident_mb(process_id: int) -> float:
-    status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-
 def attack_server(
     address: str,
     process_id: int,
@@ -576,7 +572,7 @@ async def _attack(
     progress: Callable[[str], None],
 ) -> Outcome:
     outcome = Outcome()
-    outcome.memory_mb.append(resident_mb(process_id))
+    outcome.memory_mb.append(memory_mb([process_id]))
     sent = 0
 
     async def attacked(channel: grpc.aio.Channel) -> None:
@@ -622,7 +618,7 @@ async def _attack(
             else:
                 await attacked(channel)
             if number % max(1, requests // 10) == 0:
-                outcome.memory_mb.append(resident_mb(process_id))
+                outcome.memory_mb.append(memory_mb([process_id]))
                 progress(f"{number} requests, {outcome.memory_mb[-1]:.0f} MB, {len(outcome.broken)} broken")
 
     async with grpc.aio.insecure_channel(address) as channel:
@@ -680,7 +676,7 @@ def attack_http(
         expected = [one for one in client.batch_recommend(good) if isinstance(one, RecommendResponse)]
         tags = list(client.get_model_info().genres)
     attacker, outcome, lock = Attacker(sorted(item_ids), tags, seed), Outcome(), threading.Lock()
-    outcome.memory_mb.append(resident_mb(process_id))
+    outcome.memory_mb.append(memory_mb([process_id]))
     numbers = iter(range(1, requests + 1))
 
     def caller() -> None:
@@ -706,7 +702,7 @@ def attack_http(
             if flaw:
                 outcome.broken.append(flaw)
             if number % max(1, requests // 10) == 0:
-                outcome.memory_mb.append(resident_mb(process_id))
+                outcome.memory_mb.append(memory_mb([process_id]))
                 progress(f"{number} requests, {outcome.memory_mb[-1]:.0f} MB, {len(outcome.broken)} broken")
         connection.close()
 

@@ -21,6 +21,7 @@ import click
 import grpc
 
 from bench.fronts import deployed, fast_option
+from bench.load import memory_mb
 from bench.model_versions import DAMAGES, add_version
 from serve.model.directory import read_artifact
 from serve.model.events import Event as HistoryEvent
@@ -85,7 +86,7 @@ def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path, *, fast
                 result.reloads += 1
                 result.refused += damage is not None
                 if number > WARM_UP_RELOADS:
-                    result.memory_mb.append(_memory_mb(server.process.pid))
+                    result.memory_mb.append(memory_mb([server.process.pid]))
                 if damage is not None or number > 2:
                     # Only what serves has to stay; a directory with hundreds of versions is nobody's.
                     old = path if damage is not None else directory / _last_good(number)
@@ -154,12 +155,6 @@ def _wait_for_state(admin: ModelAdminStub, version: str, state: int) -> None:
         if time.monotonic() > end:
             raise click.ClickException(f"waited in vain for {version} to be {model_admin_pb2.ModelState.Name(state)}")
         time.sleep(0.02)
-
-
-def _memory_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
 @click.command(context_settings={"show_default": True})

@@ -22,6 +22,7 @@ import grpc
 import numpy as np
 
 from bench.fronts import deployed, fast_option
+from bench.load import memory_mb
 from serve.client import UserEvent
 from serve.model.directory import read_artifact
 from serve.pb.recommender_pb2 import DeleteUserRequest, RecommendRequest, RecordEventsRequest, SimilarItemsRequest
@@ -83,7 +84,7 @@ def soak(model: Path, seconds: float, folder: Path, *, fast: bool = False) -> So
             ended = threading.Event()
             while watch and not ended.wait(min(seconds / 200, 5.0)) and time.monotonic() < stop:
                 result.at_s.append(time.monotonic() - start)
-                result.memory_mb.append(_memory_mb(server.process.pid))
+                result.memory_mb.append(memory_mb([server.process.pid]))
                 result.descriptors.append(len(list(Path(f"/proc/{server.process.pid}/fd").iterdir())))
             return sum((caller.result() for caller in callers), Counter())
 
@@ -134,12 +135,6 @@ def _calls(
         "wrong": lambda: stub.Recommend(RecommendRequest(user_id=user(), k=-1), timeout=DEADLINE_S),
         "delete": lambda: stub.DeleteUser(DeleteUserRequest(user_id=user()), timeout=DEADLINE_S),
     }
-
-
-def _memory_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
 @click.command(context_settings={"show_default": True})

@@ -71,7 +71,7 @@ def print_memory(model: Path, search_by: SearchBy) -> None:
     for step in requests(engine, 20):
         engine.step([step], K)
     status = Path("/proc/self/status").read_text()
-    sizes = [int(status.split(f"{name}:")[1].split()[0]) / 1024 for name in ("VmRSS", "RssAnon")]
+    sizes = [int(status.split(f"{name}:")[1].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "RssAnon")]
     print(json.dumps([*sizes, seconds]))
 
 

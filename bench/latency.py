@@ -396,7 +396,7 @@ def main(
     for name, value in described.items():
         click.echo(f"- {name}: {value}")
     click.echo(f"- {length} events, top {k}, {rounds} interleaved rounds of {seconds:g} s\n\n{table(measured)}\n")
-    click.echo("| what | seconds to serve | resident MiB |\n|---|---|---|")
+    click.echo("| what | seconds to serve | resident MB |\n|---|---|---|")
     for name, megabytes in memory.items():
         begun = seconds_to_serve.get("ours" if name.startswith("ours") else name)
         click.echo(f"| {name} | {'-' if begun is None else f'{begun:.2f}'} | {megabytes:.0f} |")

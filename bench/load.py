@@ -103,9 +103,9 @@ def cpu_ms(pids: Sequence[int]) -> float:
 
 
 def memory_mb(pids: Sequence[int]) -> float:
-    """Resident memory of processes and their children; what they share counts for each."""
-    kilobytes = 0
+    """Resident memory of processes and their children, in 10^6 bytes; what they share counts for each."""
+    kibibytes = 0
     for member in (member for pid in pids for member in family(pid)):
         status = Path(f"/proc/{member}/status").read_text()
-        kilobytes += int(status.split("VmRSS:")[1].split()[0])
-    return kilobytes / 1024
+        kibibytes += int(status.split("VmRSS:")[1].split()[0])
+    return kibibytes * 1024 / 1e6
