@@ -98,8 +98,8 @@ def rank_variants(hybrid: Hybrid, data: PreparedData) -> dict[str, np.ndarray]:
     """The variants' ranks of the test cases, NAME|TIME [cases], and the weights of their parts, NAME|weights."""
     length, counts = hybrid.lstm.config.max_length, DecayedCounts.of(data)
     scorers = (
-        sequence_scorer(hybrid.lstm),
-        sequence_scorer(hybrid.content),
+        sequence_scorer(hybrid.lstm, new_items=hybrid.new_items),
+        sequence_scorer(hybrid.content, new_items=hybrid.new_items),
         cooccurrence_scorer(hybrid.cooccurrence),
         best_ease(data, length)[0],
     )

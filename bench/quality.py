@@ -166,8 +166,8 @@ def scorers(hybrid: Hybrid, counts: DecayedCounts, shared: Shared) -> dict[str, 
     """The parts of the mix, the mix without its trend, and the mix."""
     return {
         "co-occurrence": cooccurrence_scorer(hybrid.cooccurrence),
-        "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm, shared),
-        "TimeRatingAwareContentModel": sequence_scorer(hybrid.content, shared),
+        "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm, shared, hybrid.new_items),
+        "TimeRatingAwareContentModel": sequence_scorer(hybrid.content, shared, hybrid.new_items),
         "hybrid without its trend": hybrid_scorer(hybrid, shared=shared),
         "hybrid": hybrid_scorer(hybrid, counts, shared),
     }

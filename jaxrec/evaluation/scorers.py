@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -18,9 +19,11 @@ from jaxrec.data.schema import UNKNOWN_GAP
 from jaxrec.data.trend import DecayedCounts
 from jaxrec.models.cooccurrence import recent_items
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.masks import NEVER
 from jaxrec.models.repeat import SeenScores
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.models.summary import Summary, last_summary
+from jaxrec.models.tables import FixedTable
 from jaxrec.models.trend import Trend
 
 Logits = Callable[[Any, Events, jax.Array], jax.Array]
@@ -72,11 +75,21 @@ class Shared:
         return found
 
 
-def sequence_scorer(model: TimeRatingAwareLSTM, shared: Shared | None = None) -> Scorer:
-    """The scorer of one sequence model (TimeRatingAwareLSTM or TimeRatingAwareContentModel)."""
+def sequence_scorer(
+    model: TimeRatingAwareLSTM, shared: Shared | None = None, new_items: FixedTable | None = None
+) -> Scorer:
+    """The scorer of one sequence model.
+
+    Args:
+        model: A TimeRatingAwareLSTM or TimeRatingAwareContentModel.
+        shared: Of the scorers that are ranked together.
+        new_items: `Hybrid.new_items` of the hybrid that the model is a part of. What their biases are shifted by is
+            meant for the mix, which caps them; so the model alone recommends none of them. None: it has no such rows.
+    """
     last_output = _last_output(model, shared or Shared())
     graphdef, variables = nnx.split(model)
-    return lambda batch: _sequence_logits(graphdef, variables, last_output(batch), batch.request_gap)
+    new = None if new_items is None else new_items[...]
+    return lambda batch: _sequence_logits(graphdef, variables, last_output(batch), batch.request_gap, new)
 
 
 def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None, shared: Shared | None = None) -> Scorer:
@@ -132,10 +145,15 @@ def _encode(graphdef: nnx.GraphDef[TimeRatingAwareLSTM], variables: Any, events:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sequence_logits(
-    graphdef: nnx.GraphDef[TimeRatingAwareLSTM], variables: Any, outputs: jax.Array, request_gap: jax.Array
+    graphdef: nnx.GraphDef[TimeRatingAwareLSTM],
+    variables: Any,
+    outputs: jax.Array,
+    request_gap: jax.Array,
+    new: jax.Array | None,
 ) -> jax.Array:
     model = nnx.merge(graphdef, variables)
-    return model.query(outputs, request_gap) @ model.item_vectors().T + model.item_bias()
+    logits = model.query(outputs, request_gap) @ model.item_vectors().T + model.item_bias()
+    return logits if new is None else jnp.where(new, NEVER, logits)
 
 
 @functools.partial(jax.jit, static_argnums=0)

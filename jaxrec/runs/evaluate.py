@@ -93,8 +93,8 @@ def evaluate(run: Run | Path | str, seed: int = 0, max_cases: int | None = None)
     half_life = best_half_life(data, counts, max_length, excluded, validation)
     shared = Shared()
     learned: dict[str, Scorer] = {
-        "TimeRatingAwareLSTM": sequence_scorer(mix.lstm, shared),
-        "TimeRatingAwareContentModel": sequence_scorer(mix.content, shared),
+        "TimeRatingAwareLSTM": sequence_scorer(mix.lstm, shared, mix.new_items),
+        "TimeRatingAwareContentModel": sequence_scorer(mix.content, shared, mix.new_items),
         HYBRID: hybrid_scorer(mix, counts, shared),
         **{name: hybrid_scorer(hybrid, counts, shared) for name, hybrid in learned_policies.items()},
     }

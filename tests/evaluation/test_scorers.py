@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from flax import nnx
 
 from jaxrec.config import PrepareConfig
 from jaxrec.data.batches import CaseBatch, case_batches
@@ -21,9 +23,11 @@ from jaxrec.evaluation.baselines import (
     recent_popularity_scorer,
 )
 from jaxrec.evaluation.bootstrap import resample
+from jaxrec.evaluation.metrics import MISS
 from jaxrec.evaluation.ranking import rank_cases, rank_together, summarize, without_request_time
 from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, sequence_scorer
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.tables import FixedTable
 
 SCORERS: dict[str, Callable[[PreparedData, Hybrid], Scorer]] = {
     "popularity": lambda data, hybrid: popularity_scorer(data),
@@ -150,6 +154,26 @@ def test_scorers_that_share_rank_as_each_alone(
         np.testing.assert_array_equal(found.ranks, alone.ranks, name)
         np.testing.assert_array_equal(found.top, alone.top, name)
     assert len({found.ranks.tobytes() for found in together.values()}) > 8  # they differ
+
+
+def test_a_model_alone_recommends_no_new_items(small_data: PreparedData, small_hybrid: Hybrid) -> None:
+    """Their biases are shifted for the mix, where a cap holds them down: alone they would be in every answer."""
+    new = np.zeros(len(small_data.catalog) + 1, bool)
+    new[3:6] = True
+    hybrid = small_hybrid.with_policy(None)
+    lstm = nnx.clone(hybrid.lstm)
+    lstm.item_bias_table[...] += 100.0 * jnp.asarray(new)
+    cases = small_data.split.test
+    (batch,) = case_batches(small_data, cases, 50)
+    shifted, scores = (np.asarray(sequence_scorer(lstm, new_items=one)(batch)) for one in (None, FixedTable(new)))
+    np.testing.assert_array_equal(scores[:, ~new], shifted[:, ~new])
+    ranked = rank_cases(sequence_scorer(lstm, new_items=FixedTable(new)), small_data, cases, 50, request_time=True)
+    assert not new[ranked.top].any()
+    targets = small_data.histories.items[cases.rows]
+    assert new[targets].any()
+    assert (ranked.ranks[new[targets]] == MISS).all()
+    free = rank_cases(sequence_scorer(lstm), small_data, cases, 50, request_time=True)
+    assert new[free.top[:, 0]].mean() > 0.8
 
 
 def test_what_is_shared_is_computed_once_for_each_batch(small_data: PreparedData) -> None:
