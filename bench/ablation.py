@@ -1,14 +1,20 @@
 """What each part of the content model's training is worth, for bench/ablation.md.
 
-    python -m bench.ablation --work FOLDER ml-100k=FOLDER/ml-100k-leave-one-out-file/data
+    python -m bench.ablation --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small \\
+        movietweetings-50k=PATH/ratings.dat beauty=PATH/beauty
 
-Each variant is TimeRatingAwareContentModel by the defaults of `jaxrec train` with one part taken out, trained on
-prepared data (`bench.quality` leaves some in its work folder) and ranked on validation, where choices are made, and on
-test. What is finished stays in the work folder.
+Each variant is TimeRatingAwareContentModel by the defaults of `jaxrec train` with one thing changed. It is trained on
+the data of `bench.quality` (5 or more ratings, leave-one-out over the whole log, equal times in the order of the file),
+and each case is ranked among the whole catalogue without its history. Choices are made on validation. Figures are
+NDCG@10, means over the seeds and over requests without and with their time. Differences from the first row are paired
+by case, with 95 % bootstrap intervals over the users. What is finished stays in the work folder, which may be that of
+`bench.quality`.
 """
 
 import contextlib
 import dataclasses
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -18,12 +24,13 @@ import jax
 import numpy as np
 
 from bench.logs import logs_argument
-from bench.publish import Page, begin, less, publish_option, read_figures, write_figures
-from jaxrec.config import ModelConfig, TrainConfig
+from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.quality import begun, folder_of, prepared
+from jaxrec.config import ModelConfig, SeenItems, TrainConfig
 from jaxrec.data.batches import TrainBatch
 from jaxrec.data.prepared import PreparedData
-from jaxrec.data.store import read_prepared
-from jaxrec.evaluation.metrics import hit_rate, ndcg
+from jaxrec.evaluation.bootstrap import bootstrap, resample
+from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import ranks_by_request_time
 from jaxrec.models.features import Array
 from jaxrec.models.neighbours import initial_embedding, neighbours
@@ -33,7 +40,7 @@ from jaxrec.training import step as steps
 from jaxrec.training.host_memory import keep_freed_memory
 from jaxrec.training.loop import train_model
 
-LOGS, SEEDS = ("ml-100k",), 1  # of the page
+LOGS, SEEDS = ("ml-100k", "ml-latest-small", "movietweetings-50k", "beauty"), 3  # of the page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +75,7 @@ def gap_only_scales() -> Iterator[None]:
         yield
 
 
-def without(**changes: object) -> ModelConfig:
+def changed(**changes: object) -> ModelConfig:
     return dataclasses.replace(ModelConfig(), **changes)  # type: ignore[arg-type]
 
 
@@ -77,70 +84,88 @@ VARIANTS = (
     Variant("softmax over seen items too", patch=all_items_compete),
     Variant("item vectors start at random", start=False),
     Variant("request gap scales, does not shift", patch=gap_only_scales),
-    Variant("history of 100 instead of 200", without(max_length=100)),
-    Variant("no dropout", without(input_dropout=0.0, output_dropout=0.0)),
-    Variant("hidden 256 instead of 128", without(hidden=256)),
+    Variant("history of 100 instead of 200", changed(max_length=100)),
+    Variant("no dropout", changed(input_dropout=0.0, output_dropout=0.0)),
+    Variant("more dropout, 0.3 and 0.5", changed(input_dropout=0.3, output_dropout=0.5)),
+    Variant("hidden 256 instead of 128", changed(hidden=256)),
+    Variant("hidden 256, more dropout", changed(hidden=256, input_dropout=0.3, output_dropout=0.5)),
+    Variant("embedding 128 instead of 64", changed(embedding=128)),
 )
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="Prepared data, models and ranks stay here."
+)
 @click.option("--seeds", default=SEEDS)
 @publish_option
 @logs_argument
 def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
-    """Trains what is not there yet, then writes the table of all that was asked for."""
+    """Trains what is not there yet, then writes the tables of all that was asked for."""
     keep_freed_memory()
     page = Page("ablation", "Ablation", publish, work, less(logs=(logs, LOGS), seeds=(seeds, SEEDS)))
-    body = [
-        f"TimeRatingAwareContentModel alone, leave-one-out, seeds 0 to {seeds - 1}; NDCG@10 / HR@10, without, then "
-        "with the request time. One standard error of NDCG@10 over these cases is about .008: choices were made on "
-        "validation, and small differences say nothing.",
-    ]
+    body = [" ".join((__doc__ or "").split("\n\n")[2].split()) + "\n", f"Seeds 0 to {seeds - 1}."]
     results = []
     for name, path in logs.items():
-        data = read_prepared(path)
-        body += [
-            f"\n## {name}\n",
-            f"{len(data.split.test)} cases, data of SHA-256 {data.digest[:8]}.\n",
-            "| | validation | test | epochs |",
-            "|---|---|---|---|",
-        ]
-        for number, variant in enumerate(VARIANTS):
-            files = [measure(work / name / f"{number}-{seed}", variant, data, seed) for seed in range(seeds)]
-            body.append(row(variant, files))
-            results += files
-    page.write(body, [*results, *(file.with_name("begun.json") for file in results)])
+        data = prepared(folder_of(work, name) / "data", name, path)
+        files = [[measure(work, name, number, data, seed) for seed in range(seeds)] for number in range(len(VARIANTS))]
+        body += table(name, files)
+        results += [file for of_variant in files for file in of_variant]
+    page.write(body, [*results, *(begun(file) for file in results)])
 
 
-def measure(folder: Path, variant: Variant, data: PreparedData, seed: int) -> Path:
-    """FOLDER/result.json: NDCG@10 and HR@10 without and with the request time, on validation and on test."""
-    result = folder / "result.json"
-    if result.is_file():
-        return result
-    begin(folder / "begun.json")
+def measure(work: Path, name: str, number: int, data: PreparedData, seed: int) -> Path:
+    """The ranks of a variant's model, [without and with the request time, cases] of validation and of test."""
+    done, variant = folder_of(work, name) / f"ablation-{number}-{seed}.npz", VARIANTS[number]
+    if done.is_file():
+        return done
+    folder = done.with_suffix("")
+    begin(begun(done), folder)
+    shutil.rmtree(folder, ignore_errors=True)  # the CPU time of one that is trained in two goes is not known
     start = initial_embedding(neighbours(data), variant.model.embedding) if variant.start else None
     _, model = new_models(data, variant.model, seed, start)
+    config, before = TrainConfig(seed=seed, seen=SeenItems.EXCLUDE), time.process_time()
     with variant.patch() if variant.patch else contextlib.nullcontext():
-        trained = train_model(model, data, TrainConfig(seed=seed), folder / "run", variant.name)
-        figures: dict[str, list[float]] = {"epochs": [len(trained.epochs)]}
+        trained = train_model(model, data, config, folder, variant.name)
+        arrays = {"epochs": len(trained.epochs), "cpu_seconds": time.process_time() - before}
         for part, cases in (("validation", data.split.validation), ("test", data.split.test)):
-            ranks = ranks_by_request_time(trained.model, data, cases)
-            figures[f"{part}_ndcg"] = ndcg(ranks, 10).mean(axis=1).tolist()
-            figures[f"{part}_hr"] = hit_rate(ranks, 10).mean(axis=1).tolist()
-    write_figures(result, figures)
-    return result
+            arrays |= {part: ranks_by_request_time(trained.model, data, cases), f"{part}_users": cases.users}
+    write_arrays(done, arrays | {"data": data.digest})
+    return done
 
 
-def row(variant: Variant, files: list[Path]) -> str:
-    """The means over the seeds."""
-    results = [read_figures(file) for file in files]
-    mean = {key: np.mean([result[key] for result in results], axis=0) for key in results[0]}
-    cells = [
-        " ; ".join(f"{n:.4f} / {h:.4f}" for n, h in zip(mean[f"{part}_ndcg"], mean[f"{part}_hr"], strict=True))
-        for part in ("validation", "test")
+def table(name: str, files: list[list[Path]]) -> list[str]:
+    """The table of one log; `files` of all seeds, by variant."""
+    variants = [[dict(np.load(file)) for file in of_variant] for of_variant in files]
+    first = variants[0][0]
+    users = first["test_users"]
+    resamples = resample(users)
+    lines = [
+        f"\n## {name}\n",
+        f"{len(users)} test cases, data of SHA-256 {str(first['data'])[:8]}.\n",
+        "| | validation | test | difference | epochs | CPU seconds to train |",
+        "|---|---|---|---|---|---|",
     ]
-    return f"| {variant.name} | {cells[0]} | {cells[1]} | {mean['epochs'][0]:.0f} |"
+    all_of_it = _of_cases(variants[0], "test")
+    for variant, seeds in zip(VARIANTS, variants, strict=True):
+        found = _of_cases(seeds, "test")
+        apart = bootstrap(found - all_of_it, resamples)
+        difference = f"{apart.mean:+.4f} ({apart.low:+.4f} to {apart.high:+.4f})" if seeds is not variants[0] else ""
+        cells = [
+            variant.name,
+            f"{_of_cases(seeds, 'validation').mean():.4f}",
+            f"{found.mean():.4f}",
+            difference,
+            f"{np.mean([seed['epochs'] for seed in seeds]):.1f}",
+            f"{np.mean([seed['cpu_seconds'] for seed in seeds]):,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _of_cases(seeds: list[dict[str, np.ndarray]], part: str) -> np.ndarray:
+    """[cases] NDCG@10, the mean over seeds and request times."""
+    return np.mean([ndcg(seed[part], 10).mean(axis=0) for seed in seeds], axis=0)
 
 
 if __name__ == "__main__":
