@@ -38,7 +38,7 @@ from jaxrec.evaluation.baselines import constant_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import hit_rate, ndcg
 from jaxrec.evaluation.ranking import rank_cases
-from jaxrec.evaluation.scorers import Scorer, hybrid_scorer, sequence_scorer
+from jaxrec.evaluation.scorers import Scorer, hybrid_scorer
 from jaxrec.files import read_json
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.masks import NEVER, exclude_items
@@ -142,8 +142,6 @@ def ways(data: PreparedData, hybrid: Hybrid, order: np.ndarray) -> dict[str, Sco
     return {
         "popularity": constant_scorer(data.train_popularity() + order),
         "genre cosine to the history": genre_rule,
-        "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm),
-        "TimeRatingAwareContentModel": sequence_scorer(hybrid.content),
         "hybrid": hybrid_scorer(hybrid, DecayedCounts.of(data)),
     }
 

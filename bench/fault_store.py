@@ -2,10 +2,10 @@
 
 python -m bench.fault_store MODEL
 
-Full disk (a file system of its own of 2 MB where mounting is allowed, else a limit on the file's size), read-only
-files, a lock held by another, and PostgreSQL and Redis stopped and started again. Each time: recording must fail with
-UNAVAILABLE and nothing else, an event that was acknowledged must be there, one that was not must count once when it is
-sent again, recommendations that need no store must go on, and all must work again without a restart.
+Full disk (a file system of its own of 2 MB), read-only files, a lock held by another, and PostgreSQL and Redis
+stopped and started again. Each time: recording must fail with UNAVAILABLE and nothing else, an event that was
+acknowledged must be there, one that was not must count once when it is sent again, recommendations that need no store
+must go on, and all must work again without a restart.
 """
 
 import itertools

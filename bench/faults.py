@@ -2,50 +2,64 @@
 
     python -m bench.faults --work FOLDER [--publish]
 
-The two models have random weights (another seed each, so they answer differently), 10,000 items, two LSTMs of 128 and a
-reranker. The server keeps events in SQLite unless another store is named. `kill -9` needs no server; the hostile
+The two models have random weights (another seed each, so they answer differently), 10,000 items, two LSTMs of 128 and
+a reranker. The server keeps events in SQLite unless another store is named. `kill -9` needs no server. The hostile
 requests over HTTP and over TLS run on the default front, all others on the default front and on the fast front behind
-nginx. Memory is in 10^6 bytes.
+nginx. MB are 10^6 bytes of the server's resident memory, without nginx. The load is the mean of the minute before a
+part began, so it holds the part before.
 
-Needs h2load (Debian's nghttp2-client), nginx with the extra fast, postgresql and redis-server, and the rights to mount;
-what is missing is said. Each fault is a module of its own (`python -m bench.fault_kill --help`), with a short version
-in tests/serve/stores/test_faults.py. What is finished stays in the work folder.
+Needs h2load (Debian's nghttp2-client), nginx with the extra fast, postgresql and redis-server, and the rights to
+mount; what is missing is said. Each fault is a module of its own (`python -m bench.fault_kill --help`). A part that
+came to its end stays in the work folder, also where it shows a flaw. One that was tried with other options is tried
+again.
 """
 
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from bench.publish import Page, less, publish_option, read_figures, write_figures
+from bench.load import require_h2load
+from bench.publish import Page, begin, commit, here, less, publish_option, read_figures, write_figures
+from tests.serve.front.proxy import MISSING
 
 KILLS, RELOADS, REQUESTS, SECONDS, MINUTES = 1000, 200, 100_000, 60.0, 20.0  # of the page
 ITEMS = 10_000
 CONNECTIONS = (4, 16, 64)
-DEFAULT, FAST = "default", "fast, behind nginx"
+DEFAULT, FAST, NONE = "default", "fast, behind nginx", "none"
+ENDS_S = 30.0
 
 
 class Part(NamedTuple):
-    """A fault on a front, and the `bench.MODULE` with its arguments that tries it."""
+    """A fault on a front: `python -m bench.MODULE`, with so many `models`, and `options`."""
 
     fault: str
     front: str
     module: str
-    arguments: tuple[str, ...]
+    models: int
+    options: tuple[str, ...]
 
     @property
     def file(self) -> str:
-        """Of its result."""
+        """The name of its result's file."""
         fast = "-fast" if self.front == FAST else ""
         return "".join(one if one.isalnum() else "-" for one in self.fault) + f"{fast}.json"
 
+    @property
+    def command(self) -> str:
+        """As one would type it."""
+        return " ".join(["python -m", f"bench.{self.module}", *(["MODEL"] * self.models), *self.options])
+
 
 @click.command(context_settings={"show_default": True})
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Models, results.")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Models and results.")
 @click.option("--kills", type=click.IntRange(1), default=KILLS)
 @click.option("--reloads", type=click.IntRange(3), default=RELOADS)
 @click.option("--requests", type=click.IntRange(1), default=REQUESTS, help="Of each hostile client.")
@@ -53,80 +67,112 @@ class Part(NamedTuple):
 @click.option("--minutes", type=click.FloatRange(0.1), default=MINUTES, help="Of soak.")
 @publish_option
 def main(work: Path, kills: int, reloads: int, requests: int, seconds: float, minutes: float, publish: bool) -> None:
-    """Tries what was not tried yet, and writes WORK/faults.md; ends with 1 where a fault shows a flaw."""
-    sizes = [(kills, KILLS), (reloads, RELOADS), (requests, REQUESTS), (seconds, SECONDS), (minutes, MINUTES)]
-    names = ("kills", "reloads", "requests", "seconds", "minutes")
-    missing = less(**{name: (int(asked), int(needed)) for name, (asked, needed) in zip(names, sizes, strict=True)})
+    """Tries each fault that was not tried yet, and writes WORK/faults.md; ends with 1 where a part shows a flaw."""
+    asked = {"kills": kills, "reloads": reloads, "requests": requests, "seconds": seconds, "minutes": minutes}
+    needed = (KILLS, RELOADS, REQUESTS, SECONDS, MINUTES)
+    missing = less(
+        **{name: (int(one), int(of_page)) for (name, one), of_page in zip(asked.items(), needed, strict=True)}
+    )
     page = Page("faults", "What happens when things go wrong", publish, work, missing)
+    require_h2load()
+    if MISSING:
+        raise click.ClickException(f"not installed: {', '.join(MISSING)}")
     work.mkdir(parents=True, exist_ok=True)
-    models = [work / f"model-{seed}" for seed in (1, 2)]
-    for seed, model in enumerate(models, 1):
-        if not model.is_dir():
-            make = ["bench.make_model", "--items", str(ITEMS), "--no-index", "--reranker", "--seed", str(seed)]
-            subprocess.run([sys.executable, "-m", *make, "--out", str(model)], check=True)
-    every = parts(models, kills, reloads, requests, seconds, minutes)
-    files = {part: work / part.file for part in every}
+    models = [made_model(work / f"model-{seed}", seed) for seed in (1, 2)]
+    files = {part: work / part.file for part in parts(kills, reloads, requests, seconds, minutes)}
     for part, file in files.items():
-        if not file.is_file():
+        if not file.is_file() or read_figures(file)["command"] != part.command:
             click.echo(f"{part.fault}, {part.front}", err=True)
-            write_figures(file, attempt(part))
+            write_figures(file, attempt(part, models))
     found = {part: read_figures(file) for part, file in files.items()}
-    flaws = [f"{part.fault} ({part.front}) is not as it should be" for part in every if not found[part]["is_right"]]
-    page.write(table(found), list(files.values()), flaws)
-    if flaws:
-        raise click.ClickException("; ".join(flaws))
+    flawed = {part: files[part] for part, one in found.items() if not one["is_right"]}
+    reasons = [f"{part.fault} ({part.front}) shows a flaw, see {file}" for part, file in flawed.items()]
+    page.write(table(found), [*files.values(), *(model.with_suffix(".json") for model in models)], reasons)
+    if reasons:
+        raise click.ClickException(f"{'; '.join(reasons)}. A part is tried again once its file is deleted")
 
 
-def parts(models: list[Path], kills: int, reloads: int, requests: int, seconds: float, minutes: float) -> list[Part]:
+def made_model(folder: Path, seed: int) -> Path:
+    """A model directory of this commit, made if it is not there."""
+    begin(folder.with_suffix(".json"), folder)
+    if not folder.is_dir():
+        make = ["bench.make_model", "--items", str(ITEMS), "--no-index", "--reranker", "--seed", str(seed)]
+        subprocess.run([sys.executable, "-m", *make, "--out", str(folder)], check=True)
+    return folder
+
+
+def parts(kills: int, reloads: int, requests: int, seconds: float, minutes: float) -> list[Part]:
     """Every fault on every front that it is for."""
-    model = str(models[0])
-    hostile = ["fault_hostile", model, "--requests", str(requests)]
+    hostile = ("fault_hostile", 1, "--requests", str(requests))
     over_fronts = {
-        "reloads under load": ["fault_reload", *map(str, models), "--reloads", str(reloads)],
+        "reloads under load": ("fault_reload", 2, "--reloads", str(reloads)),
         "hostile requests": hostile,
         **{
-            f"overload, {connections} connections": [
-                *("fault_overload", model, "--seconds", f"{seconds:g}", "--connections", str(connections))
-            ]
+            f"overload, {connections} connections": (
+                *("fault_overload", 1, "--seconds", f"{seconds:g}"),
+                *("--connections", str(connections)),
+            )
             for connections in CONNECTIONS
         },
-        "the store goes away and comes back": ["fault_store", model],
-        "soak": ["fault_soak", model, "--minutes", f"{minutes:g}"],
+        "the store goes away and comes back": ("fault_store", 1),
+        "soak": ("fault_soak", 1, "--minutes", f"{minutes:g}"),
     }
     of_one = {
-        "kill -9 while recording": ("none", ["fault_kill", "--kills", str(kills)]),
-        "hostile requests over HTTP": (DEFAULT, [*hostile, "--http"]),
-        "hostile requests over HTTP with TLS and tokens": (DEFAULT, [*hostile, "--http", "--tls"]),
+        "kill -9 while recording": (NONE, ("fault_kill", 0, "--kills", str(kills))),
+        "hostile requests over HTTP": (DEFAULT, (*hostile, "--http")),
+        "hostile requests over HTTP with TLS and tokens": (DEFAULT, (*hostile, "--http", "--tls")),
     }
-    found = [Part(fault, front, module, tuple(rest)) for fault, (front, (module, *rest)) in of_one.items()]
-    for fault, (module, *rest) in over_fronts.items():
-        found += [Part(fault, DEFAULT, module, tuple(rest)), Part(fault, FAST, module, (*rest, "--fast"))]
-    return found
+    every = [(fault, front, command) for fault, (front, command) in of_one.items()]
+    for fault, command in over_fronts.items():
+        every += [(fault, DEFAULT, command), (fault, FAST, (*command, "--fast"))]
+    return [Part(fault, front, module, count, tuple(options)) for fault, front, (module, count, *options) in every]
 
 
-def attempt(part: Part) -> dict[str, Any]:
-    """The lines that a part `said`, whether all `is_right`, and the `load` of the machine when it began."""
+def attempt(part: Part, models: list[Path]) -> dict[str, Any]:
+    """Runs a part to its end.
+
+    Returns:
+        Its `command`, the lines that it `said`, whether it `is_right`, and the `load` of the machine before.
+
+    Raises:
+        click.ClickException: It could not be tried as a whole, or was killed, or the checkout changed meanwhile.
+    """
     load = os.getloadavg()[0]
-    command = [sys.executable, "-m", f"bench.{part.module}", *part.arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = ended.stdout.splitlines()
-    if ended.returncode:
-        said += ended.stderr.splitlines()[-1:]
-    return {
-        "said": said,
-        "is_right": ended.returncode == 0 and not any("not tried" in line for line in said),
-        "load": load,
-    }
+    arguments = [*map(str, models[: part.models]), *part.options]
+    # Of a session of its own, so that the servers that it started end with it.
+    with subprocess.Popen(
+        [sys.executable, "-m", f"bench.{part.module}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as child:
+        try:
+            out, err = child.communicate()
+        finally:
+            _end(child)
+    said = out.splitlines() + (err.splitlines()[-1:] if child.returncode else [])
+    untried = [line for line in said if "not tried" in line]
+    if untried or child.returncode < 0:
+        raise click.ClickException(f"{part.command}: {'; '.join(untried) or f'exit status {child.returncode}'}")
+    if commit() != here().commit:
+        raise click.ClickException(f"the checkout was at {here().commit} at the start, and is at {commit()}")
+    return {"command": part.command, "said": said, "is_right": child.returncode == 0, "load": load}
 
 
-def table(found: dict[Part, dict[str, Any]]) -> list[str]:
+def _end(child: "subprocess.Popen[str]") -> None:
+    """Ends what is left of a part's processes."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(ENDS_S)
+
+
+def table(found: Mapping[Part, dict[str, Any]]) -> list[str]:
     """The lines of the page below its head: for each module, what it does, and what came of its parts."""
     loads = [one["load"] for one in found.values()]
-    lines = [
-        _paragraph(__doc__, 2),
-        "",
-        f"The load of the machine was {min(loads):.1f} to {max(loads):.1f} when the parts began.",
-    ]
+    lines = [_paragraph(__doc__, 2), "", f"The load was {min(loads):.1f} to {max(loads):.1f}."]
     for module in dict.fromkeys(part.module for part in found):
         does = importlib.import_module(f"bench.{module}").__doc__
         lines += ["", f"## `bench.{module}`", "", f"{_paragraph(does, 0)} {_paragraph(does, 2)}", ""]
@@ -134,6 +180,7 @@ def table(found: dict[Part, dict[str, Any]]) -> list[str]:
         for part, one in found.items():
             if part.module == module:
                 lines.append(f"| {part.fault} | {part.front} | {'<br>'.join(one['said']).replace('|', '&#124;')} |")
+        lines += ["", *(f"    {part.command}" for part in found if part.module == module)]
     return lines
 
 
@@ -142,4 +189,5 @@ def _paragraph(text: str | None, number: int) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a part's processes end, too
     main()

@@ -4,6 +4,7 @@ h2load (Debian's nghttp2-client) takes a few microseconds for a request, so that
 does not look at grpc-status; so the bytes of its answers are compared with those of an answer that was checked.
 """
 
+import contextlib
 import re
 import shutil
 import struct
@@ -88,8 +89,9 @@ def family(pid: int) -> list[int]:
     """A process and all that it started."""
     found = [pid]
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            found += family(int(child))
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            for child in children.read_text().split():
+                found += family(int(child))
     return found
 
 
@@ -106,6 +108,7 @@ def memory_mb(pids: Sequence[int]) -> float:
     """Resident memory of processes and their children, in 10^6 bytes; what they share counts for each."""
     kibibytes = 0
     for member in (member for pid in pids for member in family(pid)):
-        status = Path(f"/proc/{member}/status").read_text()
-        kibibytes += int(status.split("VmRSS:")[1].split()[0])
+        with contextlib.suppress(OSError):  # a process that ended meanwhile
+            found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{member}/status").read_text())
+            kibibytes += int(found[1]) if found else 0  # one that ended, and was not waited for, has none
     return kibibytes * 1024 / 1e6

@@ -4,11 +4,12 @@
         movietweetings-50k=PATH/ratings.dat beauty=PATH/beauty
 
 The models are those of `bench.quality` (5 or more ratings, leave-one-out over the whole log, defaults of `jaxrec
-train`). For each row the weights of its parts are learned anew on validation, as `jaxrec train` learns them, and the
-test cases are ranked among the whole catalogue without their history. EASE is the linear item-item model (Steck 2019),
-its penalty and the decay of its history chosen on validation. Figures are means over the seeds; differences from the
-mix of all parts are paired by case, with 95 % bootstrap intervals over the users. What is finished stays in the work
-folder, which may be that of `bench.quality`: a call that was interrupted resumes where it stopped.
+train`). For each row the weights of its parts are learned anew on validation, as `jaxrec train` learns them. The test
+cases are ranked among all items with training events, without their history. EASE is the linear item-item model
+(Steck 2019), its penalty and the decay of its history chosen on validation. Figures are means over the seeds;
+differences from the mix of all parts are paired by case, with 95 % bootstrap intervals over the users. What is
+finished stays in the work folder, which may be that of `bench.quality`: a call that was interrupted resumes where it
+stopped.
 """
 
 from pathlib import Path
@@ -30,7 +31,7 @@ from jaxrec.evaluation.baselines import cooccurrence_scorer
 from jaxrec.evaluation.bootstrap import bootstrap, resample
 from jaxrec.evaluation.metrics import ndcg, rank_of_target
 from jaxrec.evaluation.ranking import in_time, without_request_time
-from jaxrec.evaluation.scorers import Scorer, sequence_scorer
+from jaxrec.evaluation.scorers import Scorer, part_scorers
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.models.trend import Trend
 from jaxrec.runs.directory import load_supervised, open_run
@@ -98,8 +99,7 @@ def rank_variants(hybrid: Hybrid, data: PreparedData) -> dict[str, np.ndarray]:
     """The variants' ranks of the test cases, NAME|TIME [cases], and the weights of their parts, NAME|weights."""
     length, counts = hybrid.lstm.config.max_length, DecayedCounts.of(data)
     scorers = (
-        sequence_scorer(hybrid.lstm, new_items=hybrid.new_items),
-        sequence_scorer(hybrid.content, new_items=hybrid.new_items),
+        *part_scorers(hybrid).values(),
         cooccurrence_scorer(hybrid.cooccurrence),
         best_ease(data, length)[0],
     )

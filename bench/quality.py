@@ -8,10 +8,11 @@ literature does, and by time (the last tenth; up to 10 cases of each user), with
 and shuffled (in training and test). beauty has the order of events only (`bench.logs`): leave-one-out, in this order,
 and no item is recommended again. Each seed trains a run and its policy (`jaxrec train`, `jaxrec rl logged`), and each
 test case is ranked among the whole catalogue without its history; `stacked` is the policy's control, which only
-imitates. The trend counts the events of all users before the case, with and without the request time, and so does
-recent popularity, with the half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 %
-bootstrap intervals over the users. What is finished stays in the work folder: a call that was interrupted resumes where
-it stopped; `bench.rl_logged`, `bench.public`, `bench.mix` and `bench.trend` take theirs from the same folder.
+imitates. The two models alone leave items without training events out, if the run has content heads. The trend counts
+the events of all users before the case, with and without the request time, and so does recent popularity, with the
+half-life of the best validation NDCG@10. Figures are means over the seeds, with 95 % bootstrap intervals over the
+users. What is finished stays in the work folder: a call that was interrupted resumes where it stopped;
+`bench.rl_logged`, `bench.public`, `bench.mix` and `bench.trend` take theirs from the same folder.
 """
 
 import itertools
@@ -35,7 +36,7 @@ from jaxrec.evaluation.baselines import best_half_life, cooccurrence_scorer, rec
 from jaxrec.evaluation.bootstrap import Resamples, bootstrap, resample
 from jaxrec.evaluation.metrics import coverage, hit_rate, ndcg, reciprocal_rank
 from jaxrec.evaluation.ranking import rank_together
-from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, sequence_scorer
+from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, part_scorers
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.rl.config import LoggedConfig
 from jaxrec.rl.reward_tables import fit_reward_tables, rating_or_mean
@@ -166,8 +167,7 @@ def scorers(hybrid: Hybrid, counts: DecayedCounts, shared: Shared) -> dict[str, 
     """The parts of the mix, the mix without its trend, and the mix."""
     return {
         "co-occurrence": cooccurrence_scorer(hybrid.cooccurrence),
-        "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm, shared, hybrid.new_items),
-        "TimeRatingAwareContentModel": sequence_scorer(hybrid.content, shared, hybrid.new_items),
+        **part_scorers(hybrid, shared),
         "hybrid without its trend": hybrid_scorer(hybrid, shared=shared),
         "hybrid": hybrid_scorer(hybrid, counts, shared),
     }

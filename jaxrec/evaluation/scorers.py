@@ -23,7 +23,6 @@ from jaxrec.models.masks import NEVER
 from jaxrec.models.repeat import SeenScores
 from jaxrec.models.sequence import TimeRatingAwareLSTM
 from jaxrec.models.summary import Summary, last_summary
-from jaxrec.models.tables import FixedTable
 from jaxrec.models.trend import Trend
 
 Logits = Callable[[Any, Events, jax.Array], jax.Array]
@@ -75,21 +74,35 @@ class Shared:
         return found
 
 
-def sequence_scorer(
-    model: TimeRatingAwareLSTM, shared: Shared | None = None, new_items: FixedTable | None = None
-) -> Scorer:
-    """The scorer of one sequence model.
-
-    Args:
-        model: A TimeRatingAwareLSTM or TimeRatingAwareContentModel.
-        shared: Of the scorers that are ranked together.
-        new_items: `Hybrid.new_items` of the hybrid that the model is a part of. What their biases are shifted by is
-            meant for the mix, which caps them; so the model alone recommends none of them. None: it has no such rows.
-    """
+def sequence_scorer(model: TimeRatingAwareLSTM, shared: Shared | None = None) -> Scorer:
+    """The scorer of one sequence model (TimeRatingAwareLSTM or TimeRatingAwareContentModel), as it was trained."""
     last_output = _last_output(model, shared or Shared())
     graphdef, variables = nnx.split(model)
-    new = None if new_items is None else new_items[...]
-    return lambda batch: _sequence_logits(graphdef, variables, last_output(batch), batch.request_gap, new)
+    return lambda batch: _sequence_logits(graphdef, variables, last_output(batch), batch.request_gap)
+
+
+def part_scorers(hybrid: Hybrid, shared: Shared | None = None) -> dict[str, Scorer]:
+    """The scorers of the two sequence models of a hybrid, by their names, each alone.
+
+    The biases of new items hold a shift that was chosen for the mix, which keeps these items from the first places. A
+    model alone would have them in every answer, so it recommends none of them.
+
+    Args:
+        hybrid: As training leaves it.
+        shared: Of the scorers that are ranked together.
+    """
+    scorers = {
+        "TimeRatingAwareLSTM": sequence_scorer(hybrid.lstm, shared),
+        "TimeRatingAwareContentModel": sequence_scorer(hybrid.content, shared),
+    }
+    if hybrid.new_items is None:
+        return scorers
+    return {name: _without(hybrid.new_items[...], scorer) for name, scorer in scorers.items()}
+
+
+def _without(items: jax.Array, scorer: Scorer) -> Scorer:
+    """The scorer with items [items + 1] bool that are not recommended."""
+    return lambda batch: jnp.where(items, NEVER, scorer(batch))
 
 
 def hybrid_scorer(hybrid: Hybrid, counts: DecayedCounts | None = None, shared: Shared | None = None) -> Scorer:
@@ -145,15 +158,10 @@ def _encode(graphdef: nnx.GraphDef[TimeRatingAwareLSTM], variables: Any, events:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sequence_logits(
-    graphdef: nnx.GraphDef[TimeRatingAwareLSTM],
-    variables: Any,
-    outputs: jax.Array,
-    request_gap: jax.Array,
-    new: jax.Array | None,
+    graphdef: nnx.GraphDef[TimeRatingAwareLSTM], variables: Any, outputs: jax.Array, request_gap: jax.Array
 ) -> jax.Array:
     model = nnx.merge(graphdef, variables)
-    logits = model.query(outputs, request_gap) @ model.item_vectors().T + model.item_bias()
-    return logits if new is None else jnp.where(new, NEVER, logits)
+    return model.query(outputs, request_gap) @ model.item_vectors().T + model.item_bias()
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -22,7 +22,7 @@ from jaxrec.evaluation.baselines import best_half_life, own_items_scorer, popula
 from jaxrec.evaluation.bootstrap import bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
 from jaxrec.evaluation.ranking import MetricsRow, rank_together, summarize
-from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, sequence_scorer
+from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, part_scorers
 from jaxrec.files import write_text
 from jaxrec.models.hybrid import Hybrid
 from jaxrec.runs.directory import EVALUATION_FILE, Run, load_supervised, open_run, read_reranker
@@ -93,8 +93,7 @@ def evaluate(run: Run | Path | str, seed: int = 0, max_cases: int | None = None)
     half_life = best_half_life(data, counts, max_length, excluded, validation)
     shared = Shared()
     learned: dict[str, Scorer] = {
-        "TimeRatingAwareLSTM": sequence_scorer(mix.lstm, shared, mix.new_items),
-        "TimeRatingAwareContentModel": sequence_scorer(mix.content, shared, mix.new_items),
+        **part_scorers(mix, shared),
         HYBRID: hybrid_scorer(mix, counts, shared),
         **{name: hybrid_scorer(hybrid, counts, shared) for name, hybrid in learned_policies.items()},
     }

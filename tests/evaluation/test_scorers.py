@@ -25,9 +25,8 @@ from jaxrec.evaluation.baselines import (
 from jaxrec.evaluation.bootstrap import resample
 from jaxrec.evaluation.metrics import MISS
 from jaxrec.evaluation.ranking import rank_cases, rank_together, summarize, without_request_time
-from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, sequence_scorer
+from jaxrec.evaluation.scorers import Scorer, Shared, hybrid_scorer, part_scorers, sequence_scorer
 from jaxrec.models.hybrid import Hybrid
-from jaxrec.models.tables import FixedTable
 
 SCORERS: dict[str, Callable[[PreparedData, Hybrid], Scorer]] = {
     "popularity": lambda data, hybrid: popularity_scorer(data),
@@ -160,20 +159,24 @@ def test_a_model_alone_recommends_no_new_items(small_data: PreparedData, small_h
     """Their biases are shifted for the mix, where a cap holds them down: alone they would be in every answer."""
     new = np.zeros(len(small_data.catalog) + 1, bool)
     new[3:6] = True
-    hybrid = small_hybrid.with_policy(None)
-    lstm = nnx.clone(hybrid.lstm)
+    lstm = nnx.clone(small_hybrid.lstm)
     lstm.item_bias_table[...] += 100.0 * jnp.asarray(new)
-    cases = small_data.split.test
-    (batch,) = case_batches(small_data, cases, 50)
-    shifted, scores = (np.asarray(sequence_scorer(lstm, new_items=one)(batch)) for one in (None, FixedTable(new)))
-    np.testing.assert_array_equal(scores[:, ~new], shifted[:, ~new])
-    ranked = rank_cases(sequence_scorer(lstm, new_items=FixedTable(new)), small_data, cases, 50, request_time=True)
-    assert not new[ranked.top].any()
+    mix = lstm, small_hybrid.content, small_hybrid.cooccurrence, small_hybrid.mix_weights(), small_hybrid.trend
+    whole, cases = Hybrid(*mix, new_items=new), small_data.split.test
+    asked = small_data, cases, 50, True
+    shifted = rank_cases(sequence_scorer(lstm), *asked)
+    assert new[shifted.top[:, 0]].mean() > 0.8
     targets = small_data.histories.items[cases.rows]
     assert new[targets].any()
+    alone = part_scorers(whole)
+    ranked = rank_cases(alone["TimeRatingAwareLSTM"], *asked)
+    assert not new[ranked.top].any()
     assert (ranked.ranks[new[targets]] == MISS).all()
-    free = rank_cases(sequence_scorer(lstm), small_data, cases, 50, request_time=True)
-    assert new[free.top[:, 0]].mean() > 0.8
+    # The others rank as they did before the shift, without the new items.
+    (batch,) = case_batches(small_data, cases, 50)
+    scores = np.asarray(sequence_scorer(lstm)(batch))
+    np.testing.assert_array_equal(np.asarray(alone["TimeRatingAwareLSTM"](batch))[:, ~new], scores[:, ~new])
+    assert not new[rank_cases(alone["TimeRatingAwareContentModel"], *asked).top].any()
 
 
 def test_what_is_shared_is_computed_once_for_each_batch(small_data: PreparedData) -> None:

@@ -19,9 +19,13 @@ from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.schema import GENRES, ITEM, TIME, TITLE, USER
 from jaxrec.errors import DataError, TrainingStopped
-from jaxrec.evaluation.scorers import hybrid_scorer
+from jaxrec.evaluation.metrics import ndcg
+from jaxrec.evaluation.ranking import rank_cases
+from jaxrec.evaluation.scorers import hybrid_scorer, sequence_scorer
 from jaxrec.models.hybrid import Hybrid
+from jaxrec.models.masks import NEVER
 from jaxrec.runs.directory import CONTENT_HEAD_FILE, Run, load_supervised, new_models
+from jaxrec.runs.evaluate import evaluate
 from jaxrec.runs.train import train
 from jaxrec.training.content_head import ridge, ridge_head, train_head
 from jaxrec.training.new_items import SHIFTS, _largest_shifts, place_rows, shift_logits, tune_shift
@@ -157,6 +161,21 @@ def test_new_items_of_the_users_genre_are_among_the_first_50_and_never_among_the
         before.append(of_new[:, :3].sum(axis=1))
     assert np.concatenate(found).mean() > 2.7  # of 3
     assert np.concatenate(before).mean() > 2.7  # before the 9 of the other genres
+
+
+def test_rows_of_one_model_leave_new_items_out(run: Run) -> None:
+    """Their shift is for the mix. Of these test cases, none has a new item as its target."""
+    data, hybrid = run.read_data(), load_supervised(run, run.read_data())
+    assert hybrid.new_items is not None
+    new, frame = hybrid.new_items[...], evaluate(run).to_frame().set_index(["name", "request_time"])
+    for name, model in (("TimeRatingAwareLSTM", hybrid.lstm), ("TimeRatingAwareContentModel", hybrid.content)):
+        scorer = sequence_scorer(model)
+        shifted, known = (
+            ndcg(rank_cases(one, data, data.split.test, MODEL.max_length, False).ranks, 10).mean()
+            for one in (scorer, lambda batch, scorer=scorer: jnp.where(new, NEVER, scorer(batch)))
+        )
+        assert frame.loc[(name, False), "ndcg_10"] == pytest.approx(known)
+        assert known > shifted
 
 
 def test_the_heads_are_kept_and_not_trained_again(run: Run) -> None:
