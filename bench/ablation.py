@@ -3,12 +3,12 @@
     python -m bench.ablation --work FOLDER ml-100k=PATH/u.data ml-latest-small=PATH/ml-latest-small \\
         movietweetings-50k=PATH/ratings.dat beauty=PATH/beauty
 
-Each variant is TimeRatingAwareContentModel by the defaults of `jaxrec train` with one thing changed. It is trained on
-the data of `bench.quality` (5 or more ratings, leave-one-out over the whole log, equal times in the order of the file),
-and each case is ranked among the whole catalogue without its history. Choices are made on validation. Figures are
-NDCG@10, means over the seeds and over requests without and with their time. Differences from the first row are paired
-by case, with 95 % bootstrap intervals over the users. What is finished stays in the work folder, which may be that of
-`bench.quality`.
+Each variant is TimeRatingAwareContentModel by the defaults of `jaxrec train` with one or two settings changed. It is
+trained on the data of `bench.quality` (5 or more ratings, leave-one-out over the whole log, equal times in the order
+of the file), and each case is ranked among the whole catalogue without its history. The defaults were chosen on
+validation. Figures are NDCG@10, means over the seeds and over requests without and with their time. Differences from
+the first row are paired by case, with 95 % bootstrap intervals over the users. What is finished stays in the work
+folder, which may be that of `bench.quality`.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from bench.logs import logs_argument
-from bench.publish import Page, begin, less, publish_option, write_arrays
-from bench.quality import begun, folder_of, prepared
+from bench.publish import Page, less, publish_option, write_arrays
+from bench.quality import folder_of, prepared
 from jaxrec.config import ModelConfig, SeenItems, TrainConfig
 from jaxrec.data.batches import TrainBatch
 from jaxrec.data.prepared import PreparedData
@@ -111,7 +111,7 @@ def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
         files = [[measure(work, name, number, data, seed) for seed in range(seeds)] for number in range(len(VARIANTS))]
         body += table(name, files)
         results += [file for of_variant in files for file in of_variant]
-    page.write(body, [*results, *(begun(file) for file in results)])
+    page.write(body, results)
 
 
 def measure(work: Path, name: str, number: int, data: PreparedData, seed: int) -> Path:
@@ -120,7 +120,6 @@ def measure(work: Path, name: str, number: int, data: PreparedData, seed: int) -
     if done.is_file():
         return done
     folder = done.with_suffix("")
-    begin(begun(done), folder)
     shutil.rmtree(folder, ignore_errors=True)  # the CPU time of one that is trained in two goes is not known
     start = initial_embedding(neighbours(data), variant.model.embedding) if variant.start else None
     _, model = new_models(data, variant.model, seed, start)

@@ -148,7 +148,7 @@ def main(kills: int, seed: int) -> None:
         f" {result.doubled} counted twice"
     )
     if result.lost or result.doubled:
-        raise SystemExit(1)
+        raise click.ClickException("acknowledged events are lost, or counted twice")
 
 
 if __name__ == "__main__":

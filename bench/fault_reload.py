@@ -51,6 +51,23 @@ class Reloaded:
     wrong: list[str] = field(default_factory=list)
     versions_seen: set[str] = field(default_factory=set)
     memory_mb: list[float] = field(default_factory=list)
+    """After each reload but the first ones."""
+
+    def early_and_late_mb(self) -> tuple[float, float]:
+        """Medians of the first and of the last tenth."""
+        tenth = max(len(self.memory_mb) // 10, 1)
+        early, late = (statistics.median(part) for part in (self.memory_mb[:tenth], self.memory_mb[-tenth:]))
+        return early, late
+
+    def flaws(self) -> list[str]:
+        """What may not be."""
+        early, late = self.early_and_late_mb()
+        found = {
+            f"{len(self.failures)} calls failed: {self.failures[:3]}": bool(self.failures),
+            f"{len(self.wrong)} answers were of the wrong version: {self.wrong[:3]}": bool(self.wrong),
+            f"memory grew from {early:.0f} to {late:.0f} MB": late > MOST_GROWTH * early,
+        }
+        return [text for text, is_flaw in found.items() if is_flaw]
 
 
 def reload_rounds(models: tuple[Path, Path], reloads: int, folder: Path, *, fast: bool = False) -> Reloaded:
@@ -162,23 +179,22 @@ def _wait_for_state(admin: ModelAdminStub, version: str, state: int) -> None:
 @click.command(context_settings={"show_default": True})
 @click.argument("model_a", type=click.Path(exists=True, path_type=Path))
 @click.argument("model_b", type=click.Path(exists=True, path_type=Path))
-@click.option("--reloads", type=click.IntRange(3), default=200)
+@click.option("--reloads", type=click.IntRange(WARM_UP_RELOADS + 2), default=200)
 @fast_option
 def main(model_a: Path, model_b: Path, reloads: int, fast: bool) -> None:
     """Reload two models in turn, a third of the versions damaged, under load."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result = reload_rounds((model_a, model_b), reloads, Path(folder), fast=fast)
-    tenth = max(len(result.memory_mb) // 10, 1)
-    early, late = (statistics.median(part) for part in (result.memory_mb[:tenth], result.memory_mb[-tenth:]))
+    early, late = result.early_and_late_mb()
     click.echo(
         f"{result.reloads} reloads ({result.refused} damaged and refused) in {time.monotonic() - start:.0f} s:"
         f" {result.answers} answers by {len(result.versions_seen)} versions, {len(result.failures)} failed,"
         f" {len(result.wrong)} of the wrong version; memory {early:.0f} MB in the first tenth, {late:.0f} MB in the"
         f" last, {max(result.memory_mb):.0f} MB at most"
     )
-    if result.failures or result.wrong or late > MOST_GROWTH * early:
-        raise click.ClickException(f"{result.failures[:3]} {result.wrong[:3]} {late / early:.2f} times the memory")
+    if flaws := result.flaws():
+        raise click.ClickException("; ".join(flaws))
 
 
 if __name__ == "__main__":

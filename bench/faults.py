@@ -20,6 +20,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ ITEMS = 10_000
 CONNECTIONS = (4, 16, 64)
 DEFAULT, FAST, NONE = "default", "fast, behind nginx", "none"
 ENDS_S = 30.0
+FLAW, LAST_LINES = 1, 20  # the exit status of click's errors; so many lines of others are shown
 
 
 class Part(NamedTuple):
@@ -61,7 +64,7 @@ class Part(NamedTuple):
 @click.command(context_settings={"show_default": True})
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Models and results.")
 @click.option("--kills", type=click.IntRange(1), default=KILLS)
-@click.option("--reloads", type=click.IntRange(3), default=RELOADS)
+@click.option("--reloads", type=click.IntRange(12), default=RELOADS)
 @click.option("--requests", type=click.IntRange(1), default=REQUESTS, help="Of each hostile client.")
 @click.option("--seconds", type=click.FloatRange(1), default=SECONDS, help="Of overload.")
 @click.option("--minutes", type=click.FloatRange(0.1), default=MINUTES, help="Of soak.")
@@ -138,35 +141,35 @@ def attempt(part: Part, models: list[Path]) -> dict[str, Any]:
         click.ClickException: It could not be tried as a whole, or was killed, or the checkout changed meanwhile.
     """
     load = os.getloadavg()[0]
-    arguments = [*map(str, models[: part.models]), *part.options]
-    # Of a session of its own, so that the servers that it started end with it.
-    with subprocess.Popen(
-        [sys.executable, "-m", f"bench.{part.module}", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as child:
-        try:
-            out, err = child.communicate()
-        finally:
-            _end(child)
-    said = out.splitlines() + (err.splitlines()[-1:] if child.returncode else [])
+    command = [sys.executable, "-m", f"bench.{part.module}", *map(str, models[: part.models]), *part.options]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        # Files, since a server that a killed part leaves would keep a pipe open. It ends with the part's session.
+        with subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True) as child:
+            try:
+                child.wait()
+            finally:
+                _end(child)
+        said, errors = (file.seek(0) or file.read().splitlines() for file in (out, err))
+    flaw = errors[-1:] if child.returncode == FLAW and errors and errors[-1].startswith("Error: ") else []
+    said += flaw
     untried = [line for line in said if "not tried" in line]
-    if untried or child.returncode < 0:
-        raise click.ClickException(f"{part.command}: {'; '.join(untried) or f'exit status {child.returncode}'}")
+    if untried or (child.returncode and not flaw):
+        reasons = untried or [f"exit status {child.returncode}", *errors[-LAST_LINES:]]
+        raise click.ClickException("\n".join([f"{part.command} did not come to its end", *reasons]))
     if commit() != here().commit:
         raise click.ClickException(f"the checkout was at {here().commit} at the start, and is at {commit()}")
     return {"command": part.command, "said": said, "is_right": child.returncode == 0, "load": load}
 
 
-def _end(child: "subprocess.Popen[str]") -> None:
-    """Ends what is left of a part's processes."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(ENDS_S)
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """Ends a part, which then takes back what it did, and what is left of its processes."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.send_signal(signal.SIGINT)  # nothing where it ended
+        child.wait(ENDS_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+        time.sleep(ENDS_S / 10 if child.returncode is None else 0.2)
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def table(found: Mapping[Part, dict[str, Any]]) -> list[str]:

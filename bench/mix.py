@@ -5,11 +5,11 @@
 
 The models are those of `bench.quality` (5 or more ratings, leave-one-out over the whole log, defaults of `jaxrec
 train`). For each row the weights of its parts are learned anew on validation, as `jaxrec train` learns them. The test
-cases are ranked among all items with training events, without their history. EASE is the linear item-item model
-(Steck 2019), its penalty and the decay of its history chosen on validation. Figures are means over the seeds;
-differences from the mix of all parts are paired by case, with 95 % bootstrap intervals over the users. What is
-finished stays in the work folder, which may be that of `bench.quality`: a call that was interrupted resumes where it
-stopped.
+cases are ranked among all items, or with content heads among those with training events, without their history. EASE
+is the linear item-item model (Steck 2019), its penalty and the decay of its history chosen on validation. Figures are
+means over the seeds; differences from the mix of all parts are paired by case, with 95 % bootstrap intervals over the
+users. What is finished stays in the work folder, which may be that of `bench.quality`: a call that was interrupted
+resumes where it stopped.
 """
 
 from pathlib import Path

@@ -154,6 +154,7 @@ class Page:
     less: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        here()  # of the start
         if self.publish:
             self._refuse(self._reasons(()))
 

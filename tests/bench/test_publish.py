@@ -207,3 +207,13 @@ def test_the_whole_quality_bench_is_published(checkout: Path, tmp_path: Path, mo
 def test_no_script_writes_a_page_by_itself() -> None:
     scripts = Path(publish.__file__).parent.glob("*.py")
     assert [path.name for path in scripts if '.md")' in path.read_text() and path.name != "publish.py"] == []
+
+
+def test_what_a_bench_measures_is_of_the_commit_at_its_start(checkout: Path, tmp_path: Path) -> None:
+    """Also if nothing is to be published, and nothing was written yet when the checkout changes."""
+    before = commit()
+    here.cache_clear()
+    page(tmp_path, asked=False)
+    git(checkout, "commit", "--quiet", "--allow-empty", "--message", "meanwhile")
+    assert commit() != before
+    assert here().commit == before

@@ -34,11 +34,17 @@ class DatabaseServer:
         self.location = location
 
     def start(self) -> None:
-        """Returns when the server answers."""
-        self._process = subprocess.Popen(
-            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, user=self._user
-        )
-        wait_until(self._is_up, lambda: self._process is not None and self._process.poll() is None)
+        """Returns when the server answers. It is started again where it ends: PostgreSQL does so while processes of one
+        that was killed are left."""
+
+        def is_up() -> None:
+            if self._process is None or self._process.poll() is not None:
+                self._process = subprocess.Popen(
+                    self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, user=self._user
+                )
+            self._is_up()
+
+        wait_until(is_up)
 
     def stop(self, *, kill: bool = False) -> None:
         """Ends the server, at once or with its own clean shutdown."""

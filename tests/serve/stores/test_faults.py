@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import fault_reload, fault_soak, fault_store
+from bench import fault_overload, fault_reload, fault_soak, fault_store
 from bench.model_versions import replace_file
 from tests.serve.front.proxy import FRONTS
 from tests.serve.stores.databases import NotInstalled, redis_server
@@ -38,8 +38,11 @@ def test_reloads_under_load(front: str, model_directory: Path, tmp_path: Path) -
     assert (result.reloads, result.refused) == (12, 4)
     assert result.answers > 0
     assert len(result.versions_seen) > 1
-    assert result.failures == []
-    assert result.wrong == []
+    assert (result.failures, result.wrong) == ([], [])
+    result.memory_mb = [100.0] * 10 + [125.0, 125.0]
+    assert result.flaws() == []
+    result.memory_mb[-1] = 126.0
+    assert result.flaws() == ["memory grew from 100 to 126 MB"]
 
 
 @pytest.mark.parametrize("front", FRONTS)
@@ -68,3 +71,28 @@ def test_soak(front: str, model_directory: Path, tmp_path: Path) -> None:
     result.memory_mb[-1] += 1000
     result.descriptors[-1] += 100
     assert [flaw.split(" ")[0] for flaw in result.flaws()] == ["1", "memory", str(max(result.descriptors))]
+
+
+def test_what_is_a_goal_and_what_a_flaw_of_an_overload() -> None:
+    found = fault_overload.Overloaded(
+        capacity=1000.0,
+        capacity_p99=100.0,
+        offered=5000.0,
+        ended=2000.0,
+        goodput=850.0,
+        others={"RESOURCE_EXHAUSTED": 500.0, "CANCELLED": 1.0},
+        before_server=0.0,
+        accepted_p99=301.0,
+        recovery_s=0.1,
+        codes={"OK", "RESOURCE_EXHAUSTED"},
+    )
+    assert found.goals() == ["85% answered met", "3 times p99 missed"]
+    assert found.flaws() == []
+    found.codes.add("CANCELLED")  # of a client that cancels nothing
+    assert found.flaws() == ["statuses that were not expected: CANCELLED"]
+    found.others["INTERNAL"], found.goodput, found.recovery_s = 1.0, 499.0, float("inf")
+    assert found.flaws() == [
+        "statuses that were not expected: CANCELLED, INTERNAL",
+        "it did not recover",
+        "less than half of the capacity was answered",
+    ]
