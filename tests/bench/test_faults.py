@@ -115,7 +115,7 @@ def test_what_was_tried_is_tried_again_only_with_other_options(tmp_path: Path, m
     assert f"soak (default) shows a flaw, see {tmp_path / 'soak.json'}" in result.output
     assert len(tried) == 17
     CliRunner().invoke(faults.main, options)
-    assert len(tried) == 17  # also the one with a flaw: whoever tries it again deletes it
+    assert len(tried) == 17  # also the one with a flaw, until its file is deleted
     CliRunner().invoke(faults.main, [*options, "--kills", "3"])
     assert tried[17:] == ["kill -9 while recording"]
 
