@@ -4,7 +4,7 @@ BIN := .venv/bin
 STUBS := serve/pb
 PROTOS := $(wildcard proto/jaxrec/v1/*.proto) $(wildcard proto/inference/*.proto)
 
-.PHONY: demo test test-fast coverage check docs format protos stubs baseline release lock clean
+.PHONY: demo test test-fast test-newest-grpc coverage check docs format protos stubs baseline release lock clean
 
 demo: .venv/installed
 	$(BIN)/jaxrec demo --out runs/demo
@@ -25,6 +25,14 @@ test: .venv/installed
 # In between. A change is done when `make test` passes.
 test-fast: .venv/installed
 	$(BIN)/python $(PYTEST) $(SLOW:%=--ignore=tests/%)
+
+# The front once more, with the newest gRPC that there is in place of that of the lock.
+test-newest-grpc: .venv/installed
+	rm -rf build/newest-grpc
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		--target build/newest-grpc grpcio grpcio-health-checking grpcio-reflection grpcio-status
+	PYTHONPATH=$(CURDIR)/build/newest-grpc:$(PYTHONPATH) $(BIN)/python $(PYTEST) \
+		tests/serve/front tests/serve/api tests/serve/stores/test_faults.py
 
 # Lines and branches that no test runs, in build/coverage; with those of the processes that tests start.
 coverage: .venv/installed
