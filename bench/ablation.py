@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from bench.logs import logs_argument
-from bench.publish import Page, less, publish_option, write_arrays
+from bench.publish import Page, less, paragraph, publish_option, write_arrays
 from bench.quality import folder_of, prepared
 from jaxrec.config import ModelConfig, SeenItems, TrainConfig
 from jaxrec.data.batches import TrainBatch
@@ -104,7 +104,7 @@ def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
     """Trains what is not there yet, then writes the tables of all that was asked for."""
     keep_freed_memory()
     page = Page("ablation", "Ablation", publish, work, less(logs=(logs, LOGS), seeds=(seeds, SEEDS)))
-    body = [" ".join((__doc__ or "").split("\n\n")[2].split()) + "\n", f"Seeds 0 to {seeds - 1}."]
+    body = [paragraph(__doc__) + "\n", f"Seeds 0 to {seeds - 1}."]
     results = []
     for name, path in logs.items():
         data = prepared(folder_of(work, name) / "data", name, path)

@@ -21,7 +21,7 @@ import pandas as pd
 from flax import nnx
 
 from bench.make_model import random_neighbours
-from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.publish import Page, begin, less, paragraph, publish_option, write_arrays
 from jaxrec.config import ModelConfig, PrepareConfig, RatingScale
 from jaxrec.data.prepare import prepare
 from jaxrec.data.schema import GENRES, ITEM, RATING, TIME, TITLE, USER
@@ -68,7 +68,7 @@ def main(work: Path, items: int, seconds: int, stores: tuple[str, ...], publish:
             except StartError:
                 continue
         done[name] = path
-    what = (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ")
+    what = paragraph(__doc__)
     lines = [f"{what}\n", f"{items:,} items; the goal is {GOAL_S:g} s.\n"]
     lines += ["| store | changes in that time | delays | median s | 95 % s | worst s |", "|---|---|---|---|---|---|"]
     for name in stores:

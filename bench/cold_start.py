@@ -24,7 +24,7 @@ import pandas as pd
 
 import jaxrec
 from bench.logs import logs_argument
-from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.publish import Page, begin, less, paragraph, publish_option, write_arrays
 from jaxrec.config import PrepareConfig, TrainConfig
 from jaxrec.data.batches import CaseBatch
 from jaxrec.data.events import Events
@@ -68,7 +68,7 @@ def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
         name: [measure(path, work / f"{name}-{seed}", seed) for seed in range(seeds)] for name, path in logs.items()
     }
     body = [
-        (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
+        paragraph(__doc__) + "\n",
         f"With the request time. Seeds 0 to {seeds - 1} hide other movies and train other models; the cases of all "
         "seeds together, with 95 % bootstrap intervals over the users, and the seeds' own figures in brackets.",
     ]

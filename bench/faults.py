@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 
 import click
 
+from bench.fault_reload import LEAST_RELOADS
+from bench.fronts import require_proxy
 from bench.load import require_h2load
-from bench.publish import Page, begin, commit, here, less, publish_option, read_figures, write_figures
-from tests.serve.front.proxy import MISSING
+from bench.publish import Page, begin, commit, here, less, paragraph, publish_option, read_figures, write_figures
 
-KILLS, RELOADS, REQUESTS, SECONDS, MINUTES = 1000, 200, 100_000, 60.0, 20.0  # of the page
+KILLS, RELOADS, REQUESTS, SECONDS, MINUTES = 1000, 200, 100_000, 60, 20  # of the page
 ITEMS = 10_000
 CONNECTIONS = (4, 16, 64)
 DEFAULT, FAST, NONE = "default", "fast, behind nginx", "none"
@@ -64,22 +65,23 @@ class Part(NamedTuple):
 @click.command(context_settings={"show_default": True})
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Models and results.")
 @click.option("--kills", type=click.IntRange(1), default=KILLS)
-@click.option("--reloads", type=click.IntRange(12), default=RELOADS)
+@click.option("--reloads", type=click.IntRange(LEAST_RELOADS), default=RELOADS)
 @click.option("--requests", type=click.IntRange(1), default=REQUESTS, help="Of each hostile client.")
 @click.option("--seconds", type=click.FloatRange(1), default=SECONDS, help="Of overload.")
 @click.option("--minutes", type=click.FloatRange(0.1), default=MINUTES, help="Of soak.")
 @publish_option
 def main(work: Path, kills: int, reloads: int, requests: int, seconds: float, minutes: float, publish: bool) -> None:
     """Tries each fault that was not tried yet, and writes WORK/faults.md; ends with 1 where a part shows a flaw."""
-    asked = {"kills": kills, "reloads": reloads, "requests": requests, "seconds": seconds, "minutes": minutes}
-    needed = (KILLS, RELOADS, REQUESTS, SECONDS, MINUTES)
     missing = less(
-        **{name: (int(one), int(of_page)) for (name, one), of_page in zip(asked.items(), needed, strict=True)}
+        kills=(kills, KILLS),
+        reloads=(reloads, RELOADS),
+        requests=(requests, REQUESTS),
+        seconds=(int(seconds), SECONDS),
+        minutes=(int(minutes), MINUTES),
     )
     page = Page("faults", "What happens when things go wrong", publish, work, missing)
     require_h2load()
-    if MISSING:
-        raise click.ClickException(f"not installed: {', '.join(MISSING)}")
+    require_proxy()
     work.mkdir(parents=True, exist_ok=True)
     models = [made_model(work / f"model-{seed}", seed) for seed in (1, 2)]
     files = {part: work / part.file for part in parts(kills, reloads, requests, seconds, minutes)}
@@ -175,20 +177,16 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
 def table(found: Mapping[Part, dict[str, Any]]) -> list[str]:
     """The lines of the page below its head: for each module, what it does, and what came of its parts."""
     loads = [one["load"] for one in found.values()]
-    lines = [_paragraph(__doc__, 2), "", f"The load was {min(loads):.1f} to {max(loads):.1f}."]
+    lines = [paragraph(__doc__), "", f"The load was {min(loads):.1f} to {max(loads):.1f}."]
     for module in dict.fromkeys(part.module for part in found):
         does = importlib.import_module(f"bench.{module}").__doc__
-        lines += ["", f"## `bench.{module}`", "", f"{_paragraph(does, 0)} {_paragraph(does, 2)}", ""]
+        lines += ["", f"## `bench.{module}`", "", f"{paragraph(does, 0)} {paragraph(does)}", ""]
         lines += ["| fault | front | what came of it |", "|---|---|---|"]
         for part, one in found.items():
             if part.module == module:
                 lines.append(f"| {part.fault} | {part.front} | {'<br>'.join(one['said']).replace('|', '&#124;')} |")
         lines += ["", *(f"    {part.command}" for part in found if part.module == module)]
     return lines
-
-
-def _paragraph(text: str | None, number: int) -> str:
-    return (text or "").split("\n\n")[number].strip().replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,12 @@ fast_option = click.option("--fast", is_flag=True, help="With the fast front, be
 """For `deployed`."""
 
 
+def require_proxy() -> None:
+    """Raises click.ClickException where what the fast front needs is not installed."""
+    if MISSING:
+        raise click.ClickException(f"not installed: {', '.join(MISSING)}")
+
+
 @contextmanager
 def deployed(
     model: Path,
@@ -41,8 +47,8 @@ def deployed(
     Raises:
         click.ClickException: What the fast front needs is not installed.
     """
-    if fast and MISSING:
-        raise click.ClickException(f"not installed: {', '.join(MISSING)}")
+    if fast:
+        require_proxy()
     fronts = ("--fast", "127.0.0.1:0") if fast else ()
     with running_server(model, store, provider="cpu", options=[*options, *fronts], stderr=stderr) as server:
         if not fast:

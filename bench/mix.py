@@ -21,7 +21,7 @@ import numpy as np
 
 from bench.linear import best_ease
 from bench.logs import logs_argument
-from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.publish import Page, begin, less, paragraph, publish_option, write_arrays
 from bench.quality import begun, measure
 from jaxrec.data.batches import CaseBatch, case_batches
 from jaxrec.data.prepared import PreparedData
@@ -71,7 +71,7 @@ def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
     """Trains and ranks what is not there yet, then writes the tables."""
     keep_freed_memory()
     page = Page("mix", "The parts of the mix", publish, work, less(logs=(logs, LOGS), seeds=(seeds, SEEDS)))
-    body = [" ".join((__doc__ or "").split("\n\n")[2].split()) + "\n", f"Seeds 0 to {seeds - 1}."]
+    body = [paragraph(__doc__) + "\n", f"Seeds 0 to {seeds - 1}."]
     results = []
     for name, path in logs.items():
         files = []

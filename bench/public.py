@@ -31,7 +31,7 @@ import pandas as pd
 
 from bench.linear import best_ease
 from bench.logs import SEQUENCES_FILE, is_sequences, logs_argument
-from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.publish import Page, begin, less, paragraph, publish_option, write_arrays
 from bench.quality import begun, folder_of, measure, prepared
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
@@ -133,7 +133,7 @@ def main(work: Path, seeds: int, peers: Path | None, publish: bool, logs: dict[s
         raise click.BadParameter(f"{', '.join(others)}: expected a folder with {SEQUENCES_FILE}")
     lacking = less(logs=(logs, LOGS), seeds=(seeds, SEEDS), peers=(["SASRec"] if peers else [], ["SASRec"]))
     page = Page("public", "Public benchmark files", publish, work, lacking)
-    body = [" ".join((__doc__ or "").split("\n\n")[3].split()) + "\n", f"Seeds 0 to {seeds - 1}."]
+    body = [paragraph(__doc__, 3) + "\n", f"Seeds 0 to {seeds - 1}."]
     results = []
     for name, folder in logs.items():
         of_log = folder_of(work, name)

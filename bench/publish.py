@@ -125,6 +125,16 @@ def less(**asked: tuple[int, int] | tuple[Collection[str], Collection[str]]) -> 
     return found
 
 
+def paragraph(text: str | None, number: int = 2) -> str:
+    """A paragraph of a docstring as one line. In a script's own, 0 is its title, and 1 how it is called.
+
+    Examples:
+        >>> paragraph("Title.\\n\\n    python -m it\\n\\nWhat it\\nmeasures.\\n")
+        'What it measures.'
+    """
+    return " ".join((text or "").split("\n\n")[number].split())
+
+
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """Of repeated measurements: the median (lowest to highest).
 

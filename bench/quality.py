@@ -24,7 +24,7 @@ import numpy as np
 
 import jaxrec
 from bench.logs import is_sequences, logs_argument, read_sequences, require_source
-from bench.publish import Page, begin, less, publish_option, write_arrays
+from bench.publish import Page, begin, less, paragraph, publish_option, write_arrays
 from jaxrec.config import PrepareConfig, RatingScale, SeenItems, SplitKind, Ties, TrainConfig
 from jaxrec.data.prepare import prepare
 from jaxrec.data.prepared import PreparedData
@@ -73,7 +73,7 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: di
         for name, split, tie in settings(logs, splits.split(","), ties.split(","))
     }
     body = [
-        (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
+        paragraph(__doc__) + "\n",
         f"Seeds 0 to {seeds - 1}. Ties count against the target. `time`: whether the request time is given. NDCG and "
         "HR at 10 with their 95 % intervals; the seeds' own NDCG@10 in brackets.\n",
     ]

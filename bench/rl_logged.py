@@ -23,7 +23,7 @@ import click
 import numpy as np
 
 from bench.logs import logs_argument
-from bench.publish import Page, less, publish_option
+from bench.publish import Page, less, paragraph, publish_option
 from bench.quality import LOGS, SEEDS, SPLITS, TIES, begun, folder_of, measure, settings
 from jaxrec.evaluation.bootstrap import Estimate, bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import ndcg
@@ -54,7 +54,7 @@ def main(work: Path, seeds: int, splits: str, ties: str, publish: bool, logs: di
     )
     page = Page("rl_logged", "Policies from the run's own log", publish, work, lacking)
     body = [
-        (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
+        paragraph(__doc__) + "\n",
         f"Seeds 0 to {seeds - 1}. Ties count against the target.\n",
     ]
     files = []

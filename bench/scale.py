@@ -30,7 +30,7 @@ import numpy as np
 
 from bench.child import wait
 from bench.load import family, memory_mb
-from bench.publish import Page, less, publish_option, read_figures, write_figures
+from bench.publish import Page, less, paragraph, publish_option, read_figures, write_figures
 from bench.sequential_log import ITEMS_FILE, LOG_FOLDER, best_scorer, write_log
 from jaxrec.data.prepared import PreparedData
 from jaxrec.data.store import read_prepared
@@ -97,7 +97,7 @@ def main(work: Path, names: tuple[str, ...], tiny: bool, inside: str | None, pub
     for name in names:
         for stage in STAGES:
             measure(work / name, name, stage, logs[name], tiny)
-    body = [(__doc__ or "").split("\n\n")[2].strip().replace("\n", " ")]
+    body = [paragraph(__doc__)]
     for name in names:
         body += section(work / name, logs[name])
     page.write(body, [work / name / f"{stage}.json" for name in names for stage in STAGES])

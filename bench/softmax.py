@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from bench.publish import Page, less, publish_option, read_figures, write_figures
+from bench.publish import Page, less, paragraph, publish_option, read_figures, write_figures
 from bench.sequential_log import ITEMS_FILE, LOG_FOLDER, best_scorer, write_log
 from jaxrec.config import ModelConfig, PrepareConfig, TrainConfig
 from jaxrec.data.batches import MAX_EARLIER, TrainBatch, TrainingData, prefetch
@@ -168,7 +168,7 @@ def tables(found: dict[Step | Epoch, list[float]]) -> list[str]:
     """The lines of the page below its head."""
     loads = [figures[-1] for figures in found.values()]
     lines = [
-        (__doc__ or "").split("\n\n")[2].strip().replace("\n", " "),
+        paragraph(__doc__),
         "",
         f"The load was {min(loads):.1f} to {max(loads):.1f} after the measurements.",
         "",

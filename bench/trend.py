@@ -18,7 +18,7 @@ import click
 import numpy as np
 
 from bench.logs import is_sequences, logs_argument
-from bench.publish import Page, less, publish_option
+from bench.publish import Page, less, paragraph, publish_option
 from bench.quality import begun, measure
 from jaxrec.evaluation.bootstrap import Resamples, bootstrap, ratio, resample
 from jaxrec.evaluation.metrics import hit_rate, ndcg
@@ -40,7 +40,7 @@ def main(work: Path, seeds: int, publish: bool, logs: dict[str, Path]) -> None:
         raise click.BadParameter(f"{', '.join(without)}: a log without times has no trend")
     page = Page("trend", "The trend", publish, work, less(logs=(logs, LOGS), seeds=(seeds, SEEDS)))
     body = [
-        (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ") + "\n",
+        paragraph(__doc__) + "\n",
         f"Seeds 0 to {seeds - 1}. Ties count against the target.\n",
     ]
     files = []

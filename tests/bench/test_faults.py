@@ -107,7 +107,7 @@ def test_what_was_tried_is_tried_again_only_with_other_options(tmp_path: Path, m
 
     monkeypatch.setattr(faults, "attempt", attempted)
     monkeypatch.setattr(faults, "made_model", made)
-    monkeypatch.setattr(faults, "MISSING", [])
+    monkeypatch.setattr(faults, "require_proxy", lambda: None)
     monkeypatch.setattr(faults, "require_h2load", lambda: None)
     options = ["--work", str(tmp_path)]
     result = CliRunner().invoke(faults.main, options)
